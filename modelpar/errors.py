@@ -1,0 +1,78 @@
+"""Every error that modelpar raises on purpose.
+
+    ModelparError
+    ├── ConfigError          an option, file or value that cannot be used       (also a ValueError)
+    ├── PlanError            a plan that cannot exist                           (also a ValueError)
+    │   ├── PartitionError       layers that cannot be cut as asked
+    │   ├── ScheduleError        an order of actions that is not legal
+    │   ├── DeadlockError        a schedule in which some action can never run
+    │   └── PlanMismatch         a plan made for another model
+    ├── CaptureError         a model that modelpar cannot read or split         (also a ValueError)
+    └── RunError             something that went wrong while running            (also a RuntimeError)
+        ├── StartError           the workers could not be started
+        ├── StageError           an exception inside a stage, with its traceback
+        ├── NonFiniteLoss        the loss became inf or nan
+        ├── WorkerLost           a worker process ended or fell silent
+        └── StepTimeout          a step took longer than allowed
+
+A message says what was found, with the values, what was expected, and where. The command line prints it as one line;
+Python users get the exception.
+"""
+
+from __future__ import annotations
+
+
+class ModelparError(Exception):
+    """Base of every error that modelpar raises on purpose."""
+
+
+class ConfigError(ModelparError, ValueError):
+    """Reports an option, a file or a value that cannot be used."""
+
+
+class PlanError(ModelparError, ValueError):
+    """Reports a plan that cannot exist."""
+
+
+class PartitionError(PlanError):
+    """Reports layers that cannot be cut as asked."""
+
+
+class ScheduleError(PlanError):
+    """Reports an order of actions that is not legal."""
+
+
+class DeadlockError(PlanError):
+    """Reports a schedule in which some action can never run."""
+
+
+class PlanMismatch(PlanError):
+    """Reports a plan that was made for another model than the one at hand."""
+
+
+class CaptureError(ModelparError, ValueError):
+    """Reports a model that modelpar cannot read or split."""
+
+
+class RunError(ModelparError, RuntimeError):
+    """Reports something that went wrong while running."""
+
+
+class StartError(RunError):
+    """Reports workers that could not be started."""
+
+
+class StageError(RunError):
+    """Reports an exception inside a stage; the message ends with the traceback of the rank that raised it."""
+
+
+class NonFiniteLoss(RunError):
+    """Reports a loss that became inf or nan, and the first layer whose output did."""
+
+
+class WorkerLost(RunError):
+    """Reports a worker process that ended or fell silent."""
+
+
+class StepTimeout(RunError):
+    """Reports a step that took longer than allowed, with what every rank was waiting for."""
