@@ -143,6 +143,8 @@ class StageGraph:
     tied: tuple[Tied, ...] = ()
     tied_exact: bool = False
     """Whether gradients of tied tensors are added per micro-batch, as autograd does, instead of once per step."""
+    clips: bool = False
+    """Whether every stage needs the norm of all gradients before its update."""
 
     @classmethod
     def chain(cls, num_stages: int, bytes_per_sample: float = 0.0) -> StageGraph:

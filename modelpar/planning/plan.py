@@ -15,7 +15,7 @@ from modelpar.planning.cluster import Cluster
 from modelpar.planning.graph import ModelGraph, StageGraph
 from modelpar.planning.partition import Partition
 from modelpar.planning.profile import Profile
-from modelpar.planning.schedule import Schedule
+from modelpar.planning.schedule import Action, Op, Schedule
 
 SCHEMA_VERSION = 1
 
@@ -47,7 +47,7 @@ class Plan:
     num_threads: int = 1
     """Intra-op threads per rank."""
     tied: str = "fast"
-    """"fast" adds the gradients of tied tensors once per step, "exact" per micro-batch, equal to autograd to the bit."""
+    """"fast" adds the gradients of tied tensors once per step; "exact" per micro-batch, as autograd to the bit."""
     prediction: Prediction | None = None
 
     def __post_init__(self) -> None:
@@ -91,9 +91,17 @@ class Plan:
         if self.generator is None:
             raise PlanError(
                 f"the batch has {num_microbatches} micro-batches, and this plan holds only an explicit order for "
-                f"{self.num_microbatches}; give a schedule function, or batches of at least {self.num_microbatches} samples"
+                f"{self.num_microbatches}; give a schedule function, or batches of at least that many samples"
             )
         return self.generator(self.num_ranks, num_microbatches)
+
+    def forward_schedule(self, num_microbatches: int) -> Schedule:
+        """Returns the forward-only schedule for evaluation and prediction, with the stages placed as in training."""
+        stages: list[list[int]] = [[] for _ in range(self.num_ranks)]
+        for stage, rank in enumerate(self.schedule.stage_to_rank):
+            stages[rank].append(stage)
+        microbatches = range(num_microbatches)
+        return Schedule.of([[Action(s, Op.FORWARD, i) for i in microbatches for s in own] for own in stages], "forward")
 
     def check_model(self, graph: ModelGraph) -> None:
         """Raises PlanMismatch, listing what changed, unless the graph is the one the plan was made for."""
@@ -177,18 +185,19 @@ class Plan:
 
 
 def _name_of(generator: ScheduleGenerator | None) -> dict[str, Any] | None:
-    """Returns a generator as an importable name and its bound arguments, or None where it has no such name."""
+    """Returns a generator as an importable name and its bound arguments, or None where json cannot hold it."""
+    function: Callable[..., Any] | None = generator
     arguments: dict[str, Any] = {}
     if isinstance(generator, partial):
         if generator.args:
             return None
-        generator, arguments = generator.func, dict(generator.keywords)
-    name = f"{getattr(generator, '__module__', '')}:{getattr(generator, '__qualname__', '')}"
+        function, arguments = generator.func, dict(generator.keywords)
+    name = f"{getattr(function, '__module__', '')}:{getattr(function, '__qualname__', '')}"
     try:
-        found = _import(name)
-    except (ImportError, AttributeError, ValueError):
+        kept = _import(name) is function and json.loads(json.dumps(arguments)) == arguments
+    except (ImportError, AttributeError, ValueError, TypeError):
         return None
-    return {"generator": name, "arguments": arguments} if found is generator and "__main__" not in name else None
+    return {"generator": name, "arguments": arguments} if kept and not name.startswith("__main__:") else None
 
 
 def _generator(name: str, arguments: dict[str, Any]) -> ScheduleGenerator:

@@ -66,7 +66,7 @@ class Timeline:
     def bubble(self) -> float:
         """Idle rank-time over total rank-time: 1 − mean utilization."""
         total = self.makespan * self.num_ranks
-        return 1.0 - sum(self.busy(rank) for rank in range(self.num_ranks)) / total if total else 0.0
+        return 1.0 - sum(span.seconds for span in self.spans if span.kind in COMPUTE) / total if total else 0.0
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json."""

@@ -1,0 +1,1 @@
+"""Who starts the ranks: threads of this process, or processes on this host."""

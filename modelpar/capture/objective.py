@@ -1,0 +1,123 @@
+"""What is trained: Objective, a model and its loss; and how a batch meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modelpar.errors import CaptureError, ConfigError
+
+Batch = tuple[Any, Any]
+"""(inputs, targets): inputs a tensor, a tuple (positional arguments) or a dict (keywords); targets any pytree."""
+
+
+class LossResult(NamedTuple):
+    """What a loss function may return instead of a scalar mean."""
+
+    total: Tensor
+    """Sum over what was counted; a scalar."""
+    count: float
+    """What the total sums over; 0 leaves the micro-batch out."""
+    metrics: Mapping[str, float] = {}
+    """More numbers to report, each a mean over `count`."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A model and its loss.
+
+    `model` is a module, or a function without arguments that makes one. `loss(output, targets)` returns a scalar mean
+    over samples, or a LossResult. With loss None the model returns its own loss: as attribute or key `loss`, as first
+    item, or as its whole output; targets are then None.
+    """
+
+    model: nn.Module | Callable[[], nn.Module]
+    loss: Callable[[Any, Any], Tensor | LossResult] | None = None
+    batch_dim: int = field(default=0, kw_only=True)
+    """The dimension of inputs and targets that counts samples."""
+
+    def build(self, seed: int = 0) -> nn.Module:
+        """Returns the model; a factory is called with torch's generators seeded, and they are restored afterwards."""
+        if isinstance(self.model, nn.Module):
+            return self.model
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            model = self.model()
+        if not isinstance(model, nn.Module):
+            raise CaptureError(f"the model factory returned {type(model).__name__}; expected a torch.nn.Module")
+        return model
+
+
+def call(module: Callable[..., Any], inputs: Any) -> Any:
+    """Calls a module with a batch's inputs: a tuple as positional arguments, a dict as keywords."""
+    if isinstance(inputs, dict):
+        return module(**inputs)
+    return module(*inputs) if type(inputs) is tuple else module(inputs)
+
+
+def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, num_samples: int) -> LossResult:
+    """Returns the loss of one micro-batch as a sum and a count; a plain scalar mean counts samples.
+
+    Raises CaptureError where the loss is not a scalar tensor.
+    """
+    found = loss(output, targets) if loss is not None else _own_loss(output)
+    if isinstance(found, LossResult):
+        if not isinstance(found.total, Tensor) or found.total.dim():
+            raise CaptureError(f"LossResult.total is {_describe(found.total)}; expected a scalar tensor")
+        return found
+    if not isinstance(found, Tensor) or found.dim():
+        raise CaptureError(f"the loss is {_describe(found)}; expected a scalar tensor, the mean over samples")
+    return LossResult(found * num_samples, num_samples)
+
+
+def batch_size(inputs: Any, batch_dim: int = 0) -> int:
+    """Returns the number of samples: the length of the first tensor in inputs that has the batch dimension."""
+    for leaf in pytree.tree_leaves(inputs):
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
+            if leaf.shape[batch_dim] == 0:
+                raise ConfigError(
+                    f"the batch is empty: inputs have shape {list(leaf.shape)}; expected at least 1 sample"
+                )
+            return leaf.shape[batch_dim]
+    raise ConfigError(
+        f"the batch has no tensor with dimension {batch_dim} to cut; expected (inputs, targets) with tensors"
+    )
+
+
+def split_batch(tree: Any, sizes: list[int], batch_dim: int = 0) -> list[Any]:
+    """Cuts a pytree into micro-batches: tensors as long as the batch are split, all other values are repeated."""
+    leaves, spec = pytree.tree_flatten(tree)
+    total = sum(sizes)
+    pieces = [
+        leaf.split(sizes, batch_dim)
+        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == total
+        else [leaf] * len(sizes)
+        for leaf in leaves
+    ]
+    return [pytree.tree_unflatten([piece[i] for piece in pieces], spec) for i in range(len(sizes))]
+
+
+def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
+    """Returns the sizes that `torch.tensor_split` gives; with fewer samples than micro-batches, one sample each."""
+    count = min(num_samples, num_microbatches)
+    base, more = divmod(num_samples, count)
+    return [base + 1] * more + [base] * (count - more)
+
+
+def _own_loss(output: Any) -> Any:
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, Mapping) and "loss" in output:
+        return output["loss"]
+    if hasattr(output, "loss"):
+        return output.loss
+    return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

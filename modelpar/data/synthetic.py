@@ -1,0 +1,96 @@
+"""Samples made up on the spot: for trying things out, and for models that bring nothing but an example."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.utils import _pytree as pytree
+
+from modelpar.data.arrays import Arrays, of_arrays
+from modelpar.data.base import Batch, chunks, epoch_generator, spread
+from modelpar.errors import ConfigError
+
+SEPARATION = 0.5
+"""How far the teacher moves a class's inputs from 0, in standard deviations of their noise, per dimension."""
+
+
+@dataclass(frozen=True, eq=False)
+class Example:
+    """Samples drawn with replacement from one batch, so that shapes, dtypes and labels fit any model."""
+
+    batch: Batch
+    """(inputs, targets), pytrees; tensors with the batch's leading length are drawn from, other values repeated."""
+    num_examples: int
+    num_samples: int
+    """Samples in an epoch."""
+    description: str
+    baseline: tuple[str, float] | None = None
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yields training batches without end."""
+        epoch = 0
+        while True:
+            drawn = epoch_generator(seed, epoch).integers(self.num_examples, size=self.num_samples)
+            for indices in chunks(drawn, batch_size):
+                yield self._samples(indices)
+            epoch += 1
+
+    def heldout(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """Yields the example's own samples: there are no others to hold out."""
+        for indices in chunks(spread(self.num_examples, limit), batch_size):
+            yield self._samples(indices)
+
+    def _samples(self, indices: NDArray[np.int64]) -> Batch:
+        index = torch.from_numpy(indices)
+
+        def draw(value: Any) -> Any:
+            return value[index.to(value.device)] if _has_samples(value, self.num_examples) else value
+
+        inputs, targets = pytree.tree_map(draw, self.batch)
+        return inputs, targets
+
+
+def synthetic(
+    input_shape: Sequence[int] = (256,),
+    num_classes: int = 10,
+    num_samples: int = 4096,
+    seed: int = 0,
+    example: Batch | None = None,
+) -> Arrays | Example:
+    """Returns samples drawn from an example batch, or, without one, a task that can be learnt.
+
+    The task: a fixed random teacher gives every class a centre; inputs, float32 (num_samples, *input_shape), are noise
+    around the centre of their class, an int64 number. A tenth is held out. Raises ConfigError for sizes below 1 and for
+    an example without a tensor of samples.
+    """
+    if num_samples < 1:
+        raise ConfigError(f"data.num_samples is {num_samples}; expected at least 1")
+    if example is not None:
+        return _of_example(example, num_samples)
+    if num_classes < 1 or min(input_shape, default=1) < 1:
+        raise ConfigError(
+            f"data.num_classes is {num_classes} and data.input_shape {list(input_shape)}; expected at least 1"
+        )
+    generator = np.random.default_rng(seed)
+    centres = SEPARATION * generator.standard_normal((num_classes, *input_shape), np.float32)
+    labels = generator.integers(num_classes, size=num_samples)
+    inputs = generator.standard_normal((num_samples, *input_shape), np.float32)
+    inputs += centres[labels]
+    return of_arrays(inputs, labels, 0.1, "a random teacher")
+
+
+def _of_example(example: Batch, num_samples: int) -> Example:
+    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor) and leaf.ndim]
+    if not tensors or not len(tensors[0]):
+        raise ConfigError("the example batch has no tensor with samples; expected one with a leading batch dimension")
+    num = len(tensors[0])
+    return Example(example, num, num_samples, f"{num_samples} samples drawn from the model's example batch of {num}")
+
+
+def _has_samples(value: Any, num: int) -> bool:
+    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num

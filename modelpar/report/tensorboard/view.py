@@ -1,0 +1,76 @@
+"""Starts TensorBoard on runs: `view`."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+
+from tensorboard import program
+
+from modelpar.errors import ConfigError
+
+
+def view(paths: Sequence[str], port: int | None = None, host: str = "127.0.0.1") -> None:
+    """Starts TensorBoard on a run, a folder of runs, or several of either; prints its URL and blocks until Ctrl-C.
+
+    Port 0 or None picks a free one. Raises ConfigError where a path holds no event file, or the port is taken.
+    """
+    where = logdir_arguments(paths)
+    server = program.TensorBoard()
+    # One process, one thread for loading: the Rust data server would be a child to look after.
+    options = ["--reload_multifile=true", "--load_fast=false", "--reload_interval=2"]
+    server.configure(argv=["tensorboard", *where, *options, f"--host={host}", f"--port={port or 0}"])
+    try:
+        url = server.launch()
+    except program.TensorBoardServerException as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"TensorBoard cannot listen on {host}:{port or 0}: {message}") from error
+    print(f"TensorBoard shows {', '.join(paths)} at {url}\nCtrl-C ends it", flush=True)
+    wait_for_interrupt()
+
+
+def wait_for_interrupt() -> None:
+    """Blocks until Ctrl-C or SIGTERM."""
+    stop = threading.Event()
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        stop.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def logdir_arguments(paths: Sequence[str]) -> list[str]:
+    """Returns TensorBoard's arguments that name the runs: one logdir, or several with a name each.
+
+    Raises ConfigError where there is no path, or one does not exist or holds no event file at any depth.
+    """
+    if not paths:
+        raise ConfigError("no path to view; expected a run or a folder of runs")
+    for path in paths:
+        if not os.path.exists(path):
+            raise ConfigError(f"{path} does not exist; expected a run or a folder of runs")
+        if not os.path.isdir(path):
+            raise ConfigError(f"{path} is a file; expected the folder of a run, or a folder of runs")
+        if not _has_event_file(path):
+            raise ConfigError(f"{path} holds no TensorBoard event file (events.out.tfevents.*) at any depth")
+    if len(paths) == 1:
+        return [f"--logdir={os.path.abspath(paths[0])}"]
+    folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
+    common = Path(os.path.commonpath(folders))
+    named = []
+    for folder in folders:
+        # TensorBoard splits its list at commas and names at the first colon, so that names may hold neither
+        name = re.sub(r"[,:]", "_", Path(folder).relative_to(common).as_posix()) or common.name
+        if "," in folder:
+            raise ConfigError(f"{folder} has a comma in its name, which TensorBoard cannot take among several paths")
+        named.append(f"{name}:{folder}")
+    return [f"--logdir_spec={','.join(named)}"]
+
+
+def _has_event_file(path: str) -> bool:
+    return any("tfevents" in name for _, _, names in os.walk(path) for name in names)

@@ -1,0 +1,281 @@
+"""What the terminal shows: the partition, a timeline, and the summaries of a simulation and of a training.
+
+::
+
+    rank 0 │F0──F1──F2──F3──········B0══════B1══════B2══════B3══════│  75 %
+    rank 1 │····F0──F1──F2──F3──B0══════B1══════B2══════B3══════····│  75 %
+           0         10        20        30        40        50   ms
+
+Every function returns something for `rich.console.Console.print`; nothing here prints.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from modelpar.planning.memory import peak_microbatches_per_stage, stage_memory_bytes
+from modelpar.planning.plan import Plan
+from modelpar.planning.timeline import Span, Timeline
+from modelpar.report.palette import LOOKS, look, look_key, nice_ticks
+from modelpar.report.units import count, error, megabytes, ms, percent
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage of a plan in words; `memory` is the prediction of `stage_memory_bytes`, `cost` a share of 1."""
+
+    stage: int
+    layers: str
+    parameters: str
+    cost: float
+    memory: int
+    device: str
+
+
+def stage_rows(plan: Plan) -> list[StageRow]:
+    """Returns one row per stage, as the partition table shows them; a tied tensor counts in its owner's stage only."""
+    measured = any(cost.seconds > 0 for cost in plan.profile.layers)
+    costs = [cost.seconds if measured else cost.flops for cost in plan.profile.layers]
+    total = sum(costs) or 1.0
+    owner = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
+    seen: set[str] = set()
+    rows = []
+    for stage, memory in enumerate(stage_memory_bytes(plan)):
+        layers = plan.partition.layers(stage)
+        number, marked = 0, False
+        for parameter in (p for i in layers for p in plan.graph.layers[i].parameters):
+            name = owner.get(parameter.name, parameter.name)
+            marked |= parameter.name in owner
+            if parameter.trainable and not parameter.buffer and name not in seen:
+                elements = 1
+                for size in parameter.shape:
+                    elements *= size
+                number += elements
+            seen.add(name)
+        rows.append(
+            StageRow(
+                stage=stage,
+                layers=_run_of([plan.graph.layers[i].name for i in layers]),
+                parameters=count(number) + (" *" if marked else ""),
+                cost=sum(costs[i] for i in layers) / total,
+                memory=memory,
+                device=plan.cluster.devices[plan.schedule.stage_to_rank[stage]],
+            )
+        )
+    return rows
+
+
+def cost_unit(plan: Plan) -> str:
+    """Returns what the shares of cost in the partition table are shares of: "time" or "FLOPs"."""
+    return "time" if plan.profile.source == "measured" else "FLOPs"
+
+
+def tied_note(plan: Plan) -> str:
+    """Returns the note under a partition table that explains its mark for tied tensors; empty where there are none."""
+    notes = [f"{' = '.join(tie.names)} (counted with {tie.names[0]})" for tie in plan.graph.tied]
+    return f"* tied: {'; '.join(notes)}" if notes else ""
+
+
+def partition_table(plan: Plan) -> Table:
+    """Returns the partition: per stage its layers, trainable parameters, share of cost, predicted memory and device."""
+    title = f"{plan.num_stages} stages by {plan.partition.method}, {plan.num_microbatches} micro-batches"
+    table = _table(title, caption=tied_note(plan))
+    table.add_column("stage", justify="right")
+    table.add_column("layers", no_wrap=True)
+    for name in ("parameters", f"share of\n{cost_unit(plan)}", "memory"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("device")
+    for row in stage_rows(plan):
+        values = (str(row.stage), row.layers, row.parameters, percent(row.cost), megabytes(row.memory), row.device)
+        table.add_row(*map(Text, values))
+    return table
+
+
+def draw_timeline(timeline: Timeline, width: int = 80) -> Text:
+    """Returns a timeline as coloured text, `width` cells wide: a row per rank, a time axis in ms, a legend.
+
+    A cell shows what filled most of it. A box begins with its letter and, where most boxes of its kind have room, its
+    micro-batch; the rest is filled with ─ for forward and ═ for backward, so that both are told apart without colour.
+    Dots are idle time and waits: one for activations, two for gradients.
+    """
+    label = len(f"rank {timeline.num_ranks - 1}")
+    cells = max(width - label - len(" ││ 100 %"), 10)
+    end = timeline.makespan
+    boxes = [_boxes(timeline.of_rank(rank), end, cells) for rank in range(timeline.num_ranks)]
+    numbered = _numbered_kinds([one for row in boxes for one in row])
+    text = Text(no_wrap=True, overflow="ignore", end="")
+    for rank, row in enumerate(boxes):
+        text.append(f"rank {rank}".ljust(label) + " │")
+        for span, length in row:
+            text.append_text(_box(span, length, numbered))
+        text.append(f"│{100 * timeline.utilization(rank):4.0f} %\n")
+    text.append_text(Text(" " * (label + 2) + _axis(end, cells) + " ms\n", style="dim"))
+    text.append_text(_legend(timeline, label + 2, width))
+    return text
+
+
+def simulation_summary(plan: Plan, timeline: Timeline) -> RenderableType:
+    """Returns a simulated step in numbers: makespan, bubble, and per stage utilization, micro-batches and memory."""
+    head = Text.assemble(
+        ("step ", "dim"), (ms(timeline.makespan), "bold"), ("   bubble ", "dim"), (percent(timeline.bubble), "bold")
+    )
+    table = _table()
+    for name in ("stage", "rank", "utilization", "peak micro-batches", "memory"):
+        table.add_column(name, justify="right")
+    peaks, memory = peak_microbatches_per_stage(plan.schedule), stage_memory_bytes(plan)
+    for stage, rank in enumerate(plan.schedule.stage_to_rank):
+        values = (stage, rank, percent(timeline.utilization(rank)), peaks[stage], megabytes(memory[stage]))
+        table.add_row(*map(str, values))
+    return Group(head, table)
+
+
+@dataclass(frozen=True)
+class TrainingSummary:
+    """What the end of a training shows. Losses are in nats, times in seconds; None leaves a line out."""
+
+    first_loss: float
+    last_loss: float
+    step_seconds: float
+    """Median over the measured steps."""
+    utilization: tuple[float, ...]
+    """Per stage, a mean over the measured steps."""
+    view_command: str
+    """What the user types to see it all."""
+    heldout_loss: float | None = None
+    baseline: tuple[str, float] | None = None
+    """A name and a loss to compare with, such as ("byte-unigram entropy", 3.21)."""
+    predicted_step_seconds: float | None = None
+
+
+def training_summary(summary: TrainingSummary) -> RenderableType:
+    """Returns a training in numbers; the last line is the command that shows all of it.
+
+    Print it with `soft_wrap=True`, so that a command longer than the terminal is wide stays one line to copy.
+    """
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="dim", no_wrap=True)
+    grid.add_column()
+    grid.add_row("loss", f"{summary.first_loss:.4f} → {summary.last_loss:.4f}")
+    if summary.heldout_loss is not None:
+        text = f"{summary.heldout_loss:.4f}"
+        if summary.baseline is not None:
+            name, value = summary.baseline
+            difference = summary.heldout_loss - value
+            text += f"   {name} {value:.4f} ({abs(difference):.2f} {'below' if difference <= 0 else 'above'} it)"
+        grid.add_row("held-out loss", text)
+    shares = (f"stage {stage} {percent(share)}" for stage, share in enumerate(summary.utilization))
+    grid.add_row("utilization", "   ".join(shares))
+    text = ms(summary.step_seconds)
+    if summary.predicted_step_seconds is not None:
+        off = error(summary.predicted_step_seconds / summary.step_seconds - 1) if summary.step_seconds else "–"
+        text += f" measured   {ms(summary.predicted_step_seconds)} predicted ({off})"
+    grid.add_row("step time", text)
+    return Group(grid, Text(summary.view_command, style="bold", no_wrap=True, overflow="ignore"))
+
+
+def _table(title: str = "", caption: str = "") -> Table:
+    return Table(
+        title=title or None,
+        caption=caption or None,
+        box=box.SIMPLE_HEAD,
+        title_justify="left",
+        caption_justify="left",
+        pad_edge=False,
+    )
+
+
+def _run_of(names: Sequence[str]) -> str:
+    """Returns e.g. "embed … h2 (4)"; up to two names in full."""
+    return f"{', '.join(names)} ({len(names)})" if len(names) <= 2 else f"{names[0]} … {names[-1]} ({len(names)})"
+
+
+_Box = tuple[Span | None, int]
+"""A span, or None for idle time, and how many cells show it."""
+
+
+def _boxes(spans: Sequence[Span], end: float, cells: int) -> list[_Box]:
+    """Returns one rank's cells as runs of cells that show the same span."""
+    runs = groupby(_majority(spans, end, cells))
+    return [(spans[index] if index >= 0 else None, len(list(run))) for index, run in runs]
+
+
+def _numbered_kinds(boxes: Sequence[_Box]) -> set[str]:
+    """Returns the kinds of which at least half of the boxes have room for the longest label."""
+    rooms: dict[str, list[int]] = {}
+    longest: dict[str, int] = {}
+    for span, length in boxes:
+        if span is not None and span.microbatch >= 0:
+            rooms.setdefault(span.kind, []).append(length)
+            longest[span.kind] = max(longest.get(span.kind, 0), 1 + len(str(span.microbatch)))
+    return {kind for kind, lengths in rooms.items() if sorted(lengths)[len(lengths) // 2] >= longest[kind]}
+
+
+def _box(span: Span | None, length: int, numbered: set[str]) -> Text:
+    """Returns one box of `length` cells."""
+    if span is None:
+        return Text("·" * length, style="dim")
+    chosen = look(look_key(span))
+    if span.kind == "wait":
+        return Text(chosen.fill * length, style=chosen.colour)
+    label = f"{chosen.letter}{span.microbatch}" if span.kind in numbered and span.microbatch >= 0 else chosen.letter
+    shown = label if len(label) <= length else chosen.letter
+    return Text(shown.ljust(length, chosen.fill), style=Style(color=chosen.ink, bgcolor=chosen.colour))
+
+
+def _majority(spans: Sequence[Span], end: float, cells: int) -> list[int]:
+    """Returns per cell the index of the span that fills most of it, −1 where idle time does."""
+    best = [-1] * cells
+    if end <= 0:
+        return best
+    seconds = end / cells
+    most, filled = [0.0] * cells, [0.0] * cells
+    for index, span in enumerate(spans):
+        for cell in range(int(span.start / seconds), min(int(span.end / seconds) + 1, cells)):
+            overlap = min(span.end, (cell + 1) * seconds) - max(span.start, cell * seconds)
+            filled[cell] += max(overlap, 0.0)
+            if overlap > most[cell] * (1 + 1e-9):
+                best[cell], most[cell] = index, overlap
+    return [-1 if seconds - filled[c] > most[c] * (1 + 1e-9) else best[c] for c in range(cells)]
+
+
+def _axis(end: float, cells: int) -> str:
+    """Returns the ticks in ms under the cells, each number beginning at its time."""
+    line = [" "] * cells
+    for tick in nice_ticks(end * 1e3, max(cells // 8, 2)):
+        number = f"{tick:.6g}"
+        at = round(tick / (end * 1e3) * cells) if end else 0
+        if at + len(number) <= cells:
+            line[at : at + len(number)] = number
+    return "".join(line)
+
+
+def _legend(timeline: Timeline, indent: int, width: int) -> Text:
+    """Returns the kinds that occur, wrapped to the width."""
+    present = {look_key(span) for span in timeline.spans}
+    entries: list[tuple[str, Style | str, str]] = []
+    for key in [k for k in LOOKS if k in present] + sorted(present - set(LOOKS)):
+        chosen = look(key)
+        wait = key.startswith("wait ")
+        style: Style | str = chosen.colour if wait else Style(color=chosen.ink, bgcolor=chosen.colour)
+        entries.append(((chosen.letter + chosen.fill * 2)[:3], style, chosen.name))
+    entries.append(("···", "dim", "idle"))
+    text, used = Text(" " * indent), indent
+    for mark, style, name in entries:
+        length = len(mark) + 1 + len(name) + 2
+        if used + length - 2 > width and used > indent:
+            text.rstrip()
+            text.append("\n" + " " * indent)
+            used = indent
+        text.append(mark, style=style)
+        text.append(f" {name}  ")
+        used += length
+    text.rstrip()
+    return text

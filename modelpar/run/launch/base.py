@@ -1,0 +1,26 @@
+"""What a launch is: started ranks that can be reached, watched and stopped."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from modelpar.run.transport import Transport
+
+
+class Launch(Protocol):
+    """Ranks that were started together."""
+
+    transport: Transport
+    """The controller's way to the ranks."""
+
+    def lost(self) -> dict[int, str]:
+        """Returns the ranks that have ended, each with how."""
+
+    def status(self, rank: int) -> str | None:
+        """Says what a rank is doing, where that can be seen from here."""
+
+    def stop(self) -> None:
+        """Waits for ranks that were told to stop to end."""
+
+    def kill(self) -> None:
+        """Ends all ranks at once."""

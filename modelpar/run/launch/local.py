@@ -1,0 +1,165 @@
+"""Ranks as processes on this host, started by the controller and ended with it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from threading import Event, Thread
+
+import torch
+
+from modelpar.errors import StartError
+from modelpar.run import rpc
+from modelpar.run.transport import CONTROLLER, Mailbox
+from modelpar.run.worker import Worker
+
+_START_SECONDS = 120
+
+
+class ProcessLaunch:
+    """Starts one fresh Python process per rank; they find each other over a loopback store.
+
+    Fresh processes work from a notebook, from `__main__` and after CUDA was used; classes defined there travel by value.
+    A worker's standard input is a pipe from the controller: when the controller ends, however it ends, so does the pipe,
+    and the worker exits.
+    """
+
+    def __init__(self, num_ranks: int, controller: Mailbox, port: int, heartbeat_seconds: float):
+        self._store, port = rpc.listen(port)
+        config = {"num_ranks": num_ranks, "port": port, "heartbeat_seconds": heartbeat_seconds, "path": sys.path}
+        # a new session, so that Ctrl-C reaches only the controller, which then ends the workers in order
+        self._processes = [
+            subprocess.Popen(
+                [sys.executable, "-c", "from modelpar.run.launch.local import main; main()"],
+                stdin=subprocess.PIPE,
+                env={
+                    **os.environ,
+                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every peer that goes; the supervisor says why
+                },
+                start_new_session=True,
+            )
+            for _ in range(num_ranks)
+        ]
+        try:
+            for rank, process in enumerate(self._processes):
+                assert process.stdin
+                process.stdin.write(json.dumps({**config, "rank": rank}).encode() + b"\n")
+                process.stdin.flush()
+            self._wait_until_ready()
+            self.transport = rpc.RpcTransport(CONTROLLER, num_ranks, port, controller)
+        except BaseException:
+            self._end(signal.SIGKILL)
+            raise
+
+    def _wait_until_ready(self) -> None:
+        """Waits until all processes are about to join, watching them: the join itself could not be interrupted."""
+        deadline = time.monotonic() + _START_SECONDS
+        names = [f"ready/{rank}" for rank in range(len(self._processes))]
+        while not self._store.check(names):
+            lost = self.lost()
+            if lost:
+                rank, how = next(iter(lost.items()))
+                raise StartError(f"rank {rank} {how} while starting; its output above says why")
+            if time.monotonic() > deadline:
+                raise StartError(f"the workers were not ready after {_START_SECONDS} s")
+            time.sleep(0.01)
+
+    def lost(self) -> dict[int, str]:
+        """Returns the ranks whose process has ended."""
+        codes = {rank: process.poll() for rank, process in enumerate(self._processes)}
+        return {rank: _how(code) for rank, code in codes.items() if code is not None}
+
+    def pid(self, rank: int) -> int:
+        """Returns a rank's process id."""
+        return self._processes[rank].pid
+
+    def status(self, rank: int) -> None:
+        """Returns nothing: a process says what it does in its heartbeats."""
+
+    def stop(self) -> None:
+        """Leaves the RPC group together with the processes, waits until they exit, and kills those that do not."""
+        self._leave(together=True)
+        deadline = time.monotonic() + 2
+        for process in self._processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.01, deadline - time.monotonic()))
+        self._end(signal.SIGKILL)
+
+    def kill(self) -> None:
+        """Kills all processes."""
+        self._leave(together=False)
+        self._end(signal.SIGKILL)
+
+    def _end(self, how: signal.Signals) -> None:
+        for process in self._processes:
+            if process.poll() is None:
+                process.send_signal(how)
+        for process in self._processes:
+            process.wait()
+
+    def _leave(self, *, together: bool) -> None:
+        """Leaves the RPC group and closes the pipes at whose end workers exit."""
+        self.transport.close(together=together)
+        for process in self._processes:
+            assert process.stdin
+            with suppress(OSError):
+                process.stdin.close()
+
+
+def _how(code: int) -> str:
+    return f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+
+
+def main() -> None:
+    """Runs one rank in a process of its own; `ProcessLaunch` starts it and tells it on standard input who it is."""
+    config = json.loads(sys.stdin.readline())
+    rank, num_ranks = config["rank"], config["num_ranks"]
+    sys.path[:] = config["path"]
+    Thread(target=_exit_with_controller, daemon=True).start()
+    mailbox = Mailbox()
+    rpc.connect(config["port"]).set(f"ready/{rank}", b"")
+    transport = rpc.RpcTransport(rank, num_ranks, config["port"], mailbox)
+    worker = Worker(rank, mailbox, transport)
+    _warm_up()
+    stopped = Event()
+    beat = Thread(
+        target=_beat, args=(transport, rank, worker.status, config["heartbeat_seconds"], stopped), daemon=True
+    )
+    beat.start()
+    if worker.serve():
+        stopped.set()
+        beat.join()
+        transport.close(together=True)
+    Event().wait()  # for the pipe from the controller to be closed
+
+
+def _exit_with_controller() -> None:
+    """Ends this process when its pipe from the controller is closed, whatever it is doing."""
+    sys.stdin.buffer.read()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
+
+
+def _warm_up() -> None:
+    """Uses autograd and an optimizer once: the first use loads code (some 80 MB), which no step and no stage should pay."""
+    parameter = torch.nn.Parameter(torch.zeros(8, 8))
+    optimizer = torch.optim.SGD([parameter])
+    (parameter @ parameter).sum().backward()
+    optimizer.step()
+
+
+def _beat(transport: rpc.RpcTransport, rank: int, status: Callable[[], str], every: float, stopped: Event) -> None:
+    """Tells the controller again and again that this rank lives, and what it is doing."""
+    while True:
+        with suppress(RuntimeError):
+            transport.beat(("heartbeat", rank), status())
+        if stopped.wait(every):
+            return

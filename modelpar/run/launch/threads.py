@@ -1,0 +1,43 @@
+"""Ranks as threads of this process: for tests, notebooks and debuggers, and for several devices in one process."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from threading import RLock, Thread
+from typing import Any
+
+from modelpar.run.transport import Mailbox, ThreadTransport
+from modelpar.run.worker import Closed, Worker
+
+
+class ThreadLaunch:
+    """Starts one thread per rank."""
+
+    def __init__(self, num_ranks: int, controller: Mailbox):
+        self._mailboxes = [Mailbox() for _ in range(num_ranks)]
+        self.transport = ThreadTransport(self._mailboxes, controller)
+        locks: dict[str, Any] = defaultdict(RLock)  # by device: ranks on one device share its generator
+        self._workers = [Worker(rank, box, self.transport, locks) for rank, box in enumerate(self._mailboxes)]
+        self._threads = [
+            Thread(target=worker.serve, name=f"modelpar-rank{worker.rank}", daemon=True) for worker in self._workers
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def lost(self) -> dict[int, str]:
+        """Returns nothing: a thread reports its own failures."""
+        return {}
+
+    def status(self, rank: int) -> str:
+        """Says what a rank is doing."""
+        return self._workers[rank].status()
+
+    def stop(self) -> None:
+        """Waits for the threads."""
+        for thread in self._threads:
+            thread.join()
+
+    def kill(self) -> None:
+        """Ends every thread at its next wait; one that computes goes on until its action is done."""
+        for mailbox in self._mailboxes:
+            mailbox.close(Closed())

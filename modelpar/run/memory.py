@@ -1,0 +1,52 @@
+"""How much memory a rank has used for its stages."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import sys
+from pathlib import Path
+
+import torch
+
+_STATUS = Path("/proc/self/status")
+
+
+class PeakMemory:
+    """The most memory used since creation, above what was in use then.
+
+    On CUDA the allocator counts. A process that serves one rank reads its resident set from the kernel. Where neither
+    can tell, such as for a rank that is a thread among others, there is no number.
+    """
+
+    def __init__(self, device: torch.device, owns_process: bool):
+        self._device = device
+        self._readable = owns_process and sys.platform == "linux" and _STATUS.exists()
+        self._start = 0
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            self._start = torch.cuda.memory_allocated(device)
+        elif self._readable:
+            gc.collect()
+            _return_freed_memory()
+            Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
+            self._start = _status_bytes("VmRSS")
+
+    def bytes(self) -> int | None:
+        """Returns the peak so far, or None where it cannot be measured."""
+        if self._device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self._device) - self._start
+        return _status_bytes("VmHWM") - self._start if self._readable else None
+
+
+def _status_bytes(field: str) -> int:
+    line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(f"{field}:"))
+    return int(line.split()[1]) * 1024
+
+
+def _return_freed_memory() -> None:
+    """Gives freed pages back to the kernel, where the C library can, so that an earlier pipeline's do not count."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (AttributeError, OSError):
+        return

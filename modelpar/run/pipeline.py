@@ -1,0 +1,327 @@
+"""A model that trains in stages: Pipeline, the object that users hold."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modelpar.capture import sequential
+from modelpar.capture.cut import cut_stage
+from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
+from modelpar.errors import ConfigError, NonFiniteLoss, RunError
+from modelpar.planning.graph import BATCH, StageGraph
+from modelpar.planning.plan import Plan
+from modelpar.planning.result import StepResult
+from modelpar.planning.schedule import ValueKey
+from modelpar.planning.timeline import Timeline
+from modelpar.run import wire
+from modelpar.run.executor import OptimizerFactory, Settings
+from modelpar.run.stage_runner import RunContext
+from modelpar.run.workers import Workers
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """What `Pipeline.evaluate` found over all its batches."""
+
+    loss: float
+    """Sum of totals over sum of counts."""
+    count: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Submitted:
+    """A training step on its way."""
+
+    step: int
+    run: int
+    tickets: list[tuple[int, int]]
+    batch: Batch
+    sizes: tuple[int, ...]
+
+
+class Pipeline:
+    """An objective, split as a plan says, on workers.
+
+    ::
+
+        with Pipeline(objective, plan, optimizer=make_optimizer) as pipeline:
+            result = pipeline.step((inputs, targets))
+
+    `optimizer(named_parameters)` makes a torch optimizer of (FQN, parameter) pairs; every rank calls it for the parameters
+    it owns. `lr_schedule(optimizer)` makes a learning-rate schedule that is stepped after every training step. `max_norm`
+    clips the gradients of the whole model by their 2-norm. A Pipeline given no workers starts processes of its own.
+    The user's module is never changed: `state_dict()` returns the trained weights.
+
+    Raises PlanMismatch where the plan was made for another model and ConfigError for arguments that cannot be used,
+    before anything runs.
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        plan: Plan,
+        *,
+        workers: Workers | None = None,
+        optimizer: OptimizerFactory | None = None,
+        lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
+        max_norm: float | None = None,
+        seed: int = 0,
+    ):
+        if workers is not None and workers.num_ranks < plan.num_ranks:
+            raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
+        if max_norm is not None and not max_norm > 0:
+            raise ConfigError(f"max_norm is {max_norm}; expected a number above 0, or None")
+        if optimizer is not None:
+            _check_optimizer(optimizer, lr_schedule)
+        self._objective, self._plan = objective, plan
+        self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
+        self._given_workers = workers
+        self._workers: Workers | None = None
+        self._exits = ExitStack()
+        self._step = 0
+        self._model_names: list[str] = []
+
+    def __enter__(self) -> Self:
+        """Builds the model where it is a factory, and ships each stage to its rank."""
+        model = self._objective.build(self._settings.seed)
+        self._plan.check_model(sequential.structure(model))
+        assert isinstance(model, nn.Sequential)
+        self._model_names = list(model.state_dict())
+        with ExitStack() as exits:
+            self._workers = self._given_workers or exits.enter_context(Workers(self._plan.num_ranks))
+            self._number = self._workers.next_number()
+            setup = wire.ship((self._plan, self._settings))
+            tickets = []
+            for rank in range(self._plan.num_ranks):
+                stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
+                programs = [wire.ship(cut_stage(model, self._objective.loss, self._plan, stage)) for stage in stages]
+                tickets.append(self._command(rank, "load", setup=setup, programs=programs))
+            self._workers.wait_replies(tickets)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Removes the pipeline from its workers, and stops them where it started them."""
+        try:
+            if error is None:
+                self._ask_all("unload")
+        finally:
+            self._exits.__exit__(kind, error, traceback)
+            self._workers = None
+
+    def step(self, batch: Batch) -> StepResult:
+        """Trains on one batch (inputs, targets) and returns its loss, norm and timeline.
+
+        Raises StageError for an exception in the model, NonFiniteLoss before such a loss reaches the weights, WorkerLost
+        where a worker ended or fell silent, and StepTimeout.
+        """
+        return self._collect(self._submit(batch, 0.0))
+
+    def steps(self, batches: Iterable[Batch]) -> Iterator[StepResult]:
+        """Trains on batches, yielding each step's result; one more step than was yielded may already be under way.
+
+        Time spent waiting for the iterator is shown in the timeline as data.
+        """
+        pending: _Submitted | None = None
+        iterator = iter(batches)
+        while True:
+            start = time.perf_counter()
+            try:
+                batch = next(iterator)
+            except StopIteration:
+                break
+            submitted = self._submit(batch, time.perf_counter() - start)
+            if pending is not None:
+                yield self._collect(pending)
+            pending = submitted
+        if pending is not None:
+            yield self._collect(pending)
+
+    def evaluate(self, batches: Iterable[Batch]) -> EvalResult:
+        """Returns the mean loss over batches in eval mode; touches neither weights nor training's random numbers."""
+        total = count = 0.0
+        metrics: dict[str, float] = {}
+        for batch in batches:
+            _, _, tickets = self._start("evaluate", batch, step=0)
+            reply = self._merged(tickets)
+            total += reply["total"]
+            count += reply["count"]
+            for name, value in reply["metrics"].items():
+                metrics[name] = metrics.get(name, 0.0) + value * reply["count"]
+        if not count:
+            raise ConfigError("evaluate got no samples; expected at least one batch with a count above 0")
+        return EvalResult(total / count, count, {name: value / count for name, value in metrics.items()})
+
+    def predict(self, inputs: Any) -> Any:
+        """Returns the model's output for inputs, in eval mode, on the CPU; tensors are joined along the batch dimension."""
+        run, sizes, tickets = self._start("predict", (inputs, None), step=0)
+        last = self._plan.num_stages - 1
+        keys = [ValueKey("value", "output", i, last, BATCH) for i in range(len(sizes))]
+        assert self._workers
+        outputs = [wire.unpack(self._workers.wait((run, key)), torch.device("cpu")) for key in keys]
+        self._merged(tickets)
+        return _join(outputs, sizes, self._objective.batch_dim)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Returns the weights and buffers, on the CPU, with the unsplit model's keys in its order; tied ones are one."""
+        found: dict[str, Tensor] = {}
+        for state in reversed(self._ask_all("state_dict")):
+            found |= state
+        for tie in self._plan.graph.tied:
+            found |= dict.fromkeys(tie.names, found[tie.names[0]])
+        return {name: found[name] for name in self._model_names}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Loads weights and buffers by the unsplit model's keys. Raises ConfigError where keys are missing or unknown."""
+        missing, unknown = set(self._model_names) - set(state), set(state) - set(self._model_names)
+        if missing or unknown:
+            raise ConfigError(
+                f"the state does not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}"
+            )
+        self._ask_all("load_state_dict", state=state)
+
+    def _submit(self, batch: Batch, data_wait: float) -> _Submitted:
+        if self._settings.optimizer is None:
+            raise ConfigError("this pipeline has no optimizer; expected Pipeline(..., optimizer=...) to train")
+        step = self._step
+        run, sizes, tickets = self._start("train", batch, step, data_wait)
+        self._step += 1
+        return _Submitted(step, run, tickets, batch, sizes)
+
+    def _start(
+        self, mode: str, batch: Batch, step: int, data_wait: float = 0.0
+    ) -> tuple[int, tuple[int, ...], list[tuple[int, int]]]:
+        """Sends a batch's micro-batches to the stages that use them, and tells all ranks to run."""
+        inputs, targets = _checked(batch)
+        dim = self._objective.batch_dim
+        sizes = tuple(microbatch_sizes(batch_size(inputs, dim), self._plan.num_microbatches))
+        run = self._need_workers().next_number()
+        context = RunContext(mode, step, sizes)
+        tickets = [
+            self._command(rank, "run", run=run, context=context, data_wait=data_wait)
+            for rank in range(self._plan.num_ranks)
+        ]
+        self._feed(run, split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim), mode)
+        return run, sizes, tickets
+
+    def _feed(self, run: int, inputs: list[Any], targets: list[Any], mode: str) -> None:
+        assert self._workers
+        given = {"inputs": inputs} if mode == "predict" else {"inputs": inputs, "targets": targets}
+        for i in range(len(inputs)):
+            for value in self._graph().values:
+                if value.producer == BATCH and value.name in given:
+                    for stage in value.consumers:
+                        rank = self._plan.schedule.stage_to_rank[stage]
+                        key = ValueKey("value", value.name, i, BATCH, stage)
+                        self._workers.send(rank, (run, key), given[value.name][i])
+
+    def _collect(self, submitted: _Submitted) -> StepResult:
+        reply = self._merged(submitted.tickets)
+        if not reply["finite"]:
+            raise self._explain_nonfinite(submitted, reply.get("nonfinite", [0]))
+        return StepResult(
+            step=submitted.step,
+            loss=reply["loss"],
+            count=reply["count"],
+            grad_norm=reply["grad_norm"],
+            lr=reply["lr"],
+            timeline=Timeline.of(self._plan.num_ranks, reply["spans"]),
+            metrics=reply["metrics"],
+            peak_bytes=tuple(reply["peak_bytes"]),
+        )
+
+    def _explain_nonfinite(self, submitted: _Submitted, wrong: list[int]) -> NonFiniteLoss:
+        """Runs the offending micro-batch forward once more, with the same random numbers, looking at every module."""
+        (first, *_), dim = wrong, self._objective.batch_dim
+        sizes = list(submitted.sizes)
+        inputs = split_batch(submitted.batch[0], sizes, dim)[first]
+        targets = split_batch(submitted.batch[1], sizes, dim)[first]
+        run = self._need_workers().next_number()
+        context = RunContext("locate", submitted.step, (sizes[first],), first)
+        ranks = range(self._plan.num_ranks)
+        tickets = [self._command(rank, "run", run=run, context=context, data_wait=0.0) for rank in ranks]
+        self._feed(run, [inputs], [targets], "locate")
+        found: dict[int, str] = {}
+        for reply in self._need_workers().wait_replies(tickets):
+            found |= reply["nonfinite"]
+        where = (
+            f"the first to go wrong is {found[min(found)]} on stage {min(found)}" if found else "no layer's output is"
+        )
+        return NonFiniteLoss(
+            f"step {submitted.step}: the loss of micro-batch {first} is not finite; {where}. The weights are as before "
+            "this step"
+        )
+
+    def _merged(self, tickets: list[tuple[int, int]]) -> dict[str, Any]:
+        """Waits for all ranks and joins what they replied."""
+        merged: dict[str, Any] = {"spans": [], "peak_bytes": [], "finite": True, "grad_norm": None, "lr": None}
+        for reply in self._need_workers().wait_replies(tickets):
+            merged["spans"] += reply.pop("spans", [])
+            merged["peak_bytes"].append(reply.pop("peak_bytes", 0))
+            merged["finite"] &= reply.pop("finite", True)
+            merged |= {name: value for name, value in reply.items() if value is not None}
+        return merged
+
+    def _graph(self) -> StageGraph:
+        return self._plan.stage_graph
+
+    def _need_workers(self) -> Workers:
+        if self._workers is None:
+            raise RunError("the pipeline does not run; expected to be used inside `with Pipeline(...) as pipeline:`")
+        return self._workers
+
+    def _command(self, rank: int, name: str, **arguments: Any) -> tuple[int, int]:
+        return self._need_workers().command(rank, name, pipeline=self._number, **arguments)
+
+    def _ask_all(self, name: str, **arguments: Any) -> list[Any]:
+        self._need_workers()
+        tickets = [self._command(rank, name, **arguments) for rank in range(self._plan.num_ranks)]
+        return self._need_workers().wait_replies(tickets)
+
+
+def _checked(batch: Any) -> Batch:
+    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+        raise ConfigError(f"the batch is a {type(batch).__name__}; expected a pair (inputs, targets)")
+    return batch[0], batch[1]
+
+
+def _check_optimizer(optimizer: OptimizerFactory, lr_schedule: Callable[[torch.optim.Optimizer], Any] | None) -> None:
+    """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts."""
+    made = optimizer([("probe", nn.Parameter(torch.zeros(1)))])
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ConfigError(
+            f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
+        )
+    if isinstance(made, torch.optim.LBFGS):
+        raise ConfigError(
+            "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
+        )
+    if lr_schedule is not None:
+        schedule = lr_schedule(made)
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
+
+
+def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:
+    """Joins the outputs of micro-batches: tensors as long as their micro-batch along the batch dimension."""
+    flat = [pytree.tree_flatten(output) for output in outputs]
+    spec = flat[0][1]
+    joined = []
+    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
+        cut = all(
+            isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == n for x, n in zip(leaves, sizes, strict=True)
+        )
+        joined.append(torch.cat(leaves, dim).detach() if cut else leaves[0])
+    return pytree.tree_unflatten(joined, spec)

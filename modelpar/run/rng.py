@@ -1,0 +1,73 @@
+"""Random numbers that do not depend on the split: keys, and the hooks that set them.
+
+A module that draws gets a seed made of (seed, step, micro-batch, its FQN, how often it was called for this
+micro-batch). Neither rank nor stage enters, so the split model draws exactly what the unsplit one draws.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from threading import RLock
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+EVALUATION = -1
+"""The step number of evaluation and prediction, so that they share no key with training."""
+
+
+def random_key(seed: int, step: int, microbatch: int, name: str, call: int) -> int:
+    """Returns the seed of one call of one module, as 63 bits of a BLAKE2 hash."""
+    text = f"{seed}/{step}/{microbatch}/{name}/{call}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") >> 1
+
+
+class KeyedRandom:
+    """Seeds the given submodules of a module before each of their calls, and restores the generators afterwards.
+
+    In a process of their own the ranks need no lock; ranks that are threads of one process share its generators, so a
+    module that draws holds the lock while it runs.
+    """
+
+    def __init__(self, module: nn.Module, names: Iterable[str], seed: int, device: torch.device, lock: Any = None):
+        self._seed = seed
+        self._step = self._microbatch = 0
+        self._calls: dict[str, int] = {}
+        self._saved: list[list[Tensor]] = []
+        self._lock = lock or RLock()
+        self._generators = [torch.default_generator]
+        if device.type == "cuda":
+            torch.cuda.init()
+            self._generators.append(torch.cuda.default_generators[device.index or 0])
+        for name in names:
+            drawing = module.get_submodule(name)
+            drawing.register_forward_pre_hook(self._before(name), prepend=True)
+            drawing.register_forward_hook(self._after, always_call=True)
+
+    def begin(self, step: int, microbatch: int) -> None:
+        """Starts a micro-batch: call numbers count from 0 again."""
+        self._step, self._microbatch = step, microbatch
+        self._calls.clear()
+
+    def states(self) -> list[Tensor]:
+        """Returns the states of the generators."""
+        return [generator.get_state() for generator in self._generators]
+
+    def _before(self, name: str) -> Any:
+        def hook(module: nn.Module, _: Any) -> None:
+            self._lock.acquire()
+            call = self._calls.get(name, 0)
+            self._calls[name] = call + 1
+            self._saved.append(self.states())
+            key = random_key(self._seed, self._step, self._microbatch, name, call)
+            for generator in self._generators:
+                generator.manual_seed(key)
+
+        return hook
+
+    def _after(self, *_: Any) -> None:
+        for generator, state in zip(self._generators, self._saved.pop(), strict=True):
+            generator.set_state(state)
+        self._lock.release()

@@ -1,0 +1,161 @@
+"""The only file that imports torch.distributed.rpc: the transport between processes.
+
+A message is one `rpc_async` of `_deliver`, which files the value in the receiver's mailbox and returns None.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import warnings
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
+
+import torch
+from torch.distributed import TCPStore, rpc
+from torch.distributed.rendezvous import register_rendezvous_handler
+
+from modelpar.errors import ConfigError, RunError
+from modelpar.run import wire
+from modelpar.run.transport import CONTROLLER, Mailbox
+
+HOST = "127.0.0.1"
+_START_SECONDS = 300
+_STOP_SECONDS = 5
+_NEVER = 0.0
+"""No time-out: a lost process is found by its supervisor, not by a slow message."""
+
+_mailbox: Mailbox | None = None
+"""The mailbox of this process. RPC calls plain functions, which must find it here; a process has one agent anyway."""
+
+
+def _deliver(key: tuple[Any, ...], value: Any) -> None:
+    if _mailbox is not None:
+        _mailbox.put(key, value)
+
+
+def _name(rank: int) -> str:
+    return "controller" if rank == CONTROLLER else f"rank{rank}"
+
+
+def listen(port: int) -> tuple[TCPStore, int]:
+    """Opens the store through which processes find each other, on the loopback interface only.
+
+    Returns the store and its port; port 0 picks a free one. Raises ConfigError where the port is in use.
+    """
+    listener = socket.socket()
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((HOST, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"port {port} cannot be used: {error.strerror}; expected a free port, or 0 to pick one"
+        ) from error
+    port = listener.getsockname()[1]
+    listener.listen()
+    return _store(port, is_master=True, master_listen_fd=listener.detach()), port
+
+
+def connect(port: int) -> TCPStore:
+    """Joins the store that the controller opened."""
+    return _store(port, is_master=False)
+
+
+def _store(port: int, **options: Any) -> TCPStore:
+    return TCPStore(HOST, port, timeout=timedelta(seconds=_START_SECONDS), wait_for_workers=False, **options)
+
+
+def _rendezvous(url: str, **_: Any) -> Iterator[tuple[Any, int, int]]:
+    """Serves `modelpar://host:port/number/size`: torch's own tcp:// handler would listen on all interfaces."""
+    rank, size = (int(part) for part in urlparse(url).path.strip("/").split("/"))
+    port = urlparse(url).port
+    assert port is not None
+    yield connect(port), rank, size
+
+
+register_rendezvous_handler("modelpar", _rendezvous)
+
+
+class RpcTransport:
+    """Carries values between processes over TensorPipe; joins on creation, which waits for all other processes."""
+
+    pack = staticmethod(wire.pack)
+
+    def __init__(self, rank: int, num_ranks: int, port: int, mailbox: Mailbox):
+        global _mailbox
+        if _mailbox is not None:
+            raise RunError(
+                "this process already has workers over RPC; expected one `Workers` at a time: leave its block first"
+            )
+        self._pending: deque[torch.futures.Future[None]] = deque()
+        _mailbox = mailbox
+        size, number = num_ranks + 1, rank + 1  # the controller is number 0
+        options = rpc.TensorPipeRpcBackendOptions(
+            num_worker_threads=4,
+            rpc_timeout=_START_SECONDS,
+            init_method=f"modelpar://{HOST}:{port}/{number}/{size}",
+            _transports=["uv"],  # the shm transport polls: a core per idle process
+            _channels=["cma", "basic"],
+        )
+        try:
+            with _loopback(), warnings.catch_warnings():
+                warnings.filterwarnings("ignore", message=".*[Gg]loo.*")
+                rpc.init_rpc(_name(rank), rank=number, world_size=size, rpc_backend_options=options)
+        except BaseException:
+            _mailbox = None
+            raise
+
+    def send(self, to: int, key: tuple[Any, ...], value: Any) -> None:
+        """Starts sending; see `Transport.send`."""
+        while self._pending and self._pending[0].done():
+            self._check(self._pending.popleft())
+        try:
+            self._pending.append(rpc.rpc_async(_name(to), _deliver, (key, value), timeout=_NEVER))
+        except RuntimeError as error:
+            raise ConnectionError(f"cannot reach {_name(to)}: {error}") from error
+
+    def beat(self, key: tuple[Any, ...], value: Any) -> None:
+        """Sends a sign of life to the controller from any thread, without looking after it."""
+        rpc.rpc_async(_name(CONTROLLER), _deliver, (key, value), timeout=_NEVER)
+
+    def flush(self) -> None:
+        """Waits for all sends; see `Transport.flush`."""
+        while self._pending:
+            self._check(self._pending.popleft())
+
+    @staticmethod
+    def _check(future: torch.futures.Future[None]) -> None:
+        try:
+            future.wait()
+        except RuntimeError as error:
+            raise ConnectionError(f"a message was not delivered: {error}") from error
+
+    def close(self, *, together: bool) -> None:
+        """Leaves: together with the others, which must do so too within seconds, or without waiting for them."""
+        global _mailbox
+        _mailbox = None
+        try:
+            rpc.shutdown(graceful=together, timeout=_STOP_SECONDS)
+        except RuntimeError:  # one of the others is gone
+            rpc.shutdown(graceful=False)
+
+
+@contextmanager
+def _loopback() -> Iterator[None]:
+    """Binds TensorPipe and gloo to the loopback interface while they start."""
+    names = ("TP_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(dict.fromkeys(names, "lo"))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

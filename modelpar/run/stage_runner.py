@@ -1,0 +1,167 @@
+"""One stage's computations: forward, loss and backward of a micro-batch. No processes, no messages."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modelpar.capture.cut import StageProgram
+from modelpar.capture.objective import LossResult, loss_of
+from modelpar.errors import RunError
+from modelpar.run.rng import EVALUATION, KeyedRandom
+
+
+class RunContext(NamedTuple):
+    """What a micro-batch's computations depend on besides their values."""
+
+    mode: str
+    """"train", "evaluate", "predict", or "locate": forward as in training, to find the first layer that goes wrong."""
+    step: int
+    """The training step, for random keys."""
+    sizes: tuple[int, ...]
+    """Samples per micro-batch."""
+    first: int = 0
+    """The global index of the first micro-batch, for random keys."""
+
+
+@dataclass(slots=True)
+class _Live:
+    """What a micro-batch's backward needs of its forward."""
+
+    received: dict[str, list[Tensor]]
+    given: dict[str, list[Tensor]]
+    total: Tensor | None = None
+
+
+class StageRunner:
+    """Computes one stage, micro-batch by micro-batch."""
+
+    def __init__(self, program: StageProgram, seed: int, device: torch.device, lock: Any = None):
+        self.program = program
+        self.device = device
+        self.losses: dict[int, LossResult] = {}
+        """On the last stage, the loss of each micro-batch of the current step, detached."""
+        program.module.to(device)
+        self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
+        self._owns_generators = lock is None
+        self._live: dict[int, _Live] = {}
+        self._versions: dict[str, int] = {}
+        self._written: set[str] = set()
+        self._kept: dict[str, Tensor] = {}
+        self.peak_live = 0
+        """The most micro-batches whose activations were alive at once."""
+
+    def forward(self, microbatch: int, values: dict[str, Any], context: RunContext) -> dict[str, Any]:
+        """Runs the stage on the values it received and returns those it gives: the next stage's, or the prediction."""
+        training = context.mode == "train"
+        step = context.step if context.mode in ("train", "locate") else EVALUATION
+        with torch.set_grad_enabled(training):
+            self._random.begin(step, context.first + microbatch)
+            before = self._random.states() if self._owns_generators else []
+            output = self.program(values)
+            if before and not all(map(torch.equal, before, self._random.states())):
+                raise RunError(
+                    "a module drew random numbers that did not draw when the model was captured, so the result would "
+                    "depend on the split; plan with the module in the mode in which it trains"
+                )
+            live = _Live({name: _needing_grad(value) for name, value in values.items()}, {})
+            if self.program.result is not None:
+                live.given[self.program.result] = _needing_grad(output)
+            elif context.mode != "predict":
+                found = loss_of(self.program.loss, output, values.get("targets"), context.sizes[microbatch])
+                self.losses[microbatch] = found._replace(total=found.total.detach())
+                live.total = found.total if found.count else None
+        if training:
+            self._live[microbatch] = live
+            self.peak_live = max(self.peak_live, len(self._live))
+        return {self.program.result or "output": output}
+
+    def backward(self, microbatch: int, grads: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
+        """Runs backward from the gradients of the values given, and returns those of the values received.
+
+        A gradient that already came back for a received value, from a later stage that also uses it, enters as a root;
+        so does that of a tied parameter. A micro-batch whose loss counts nothing has no roots and leaves no trace.
+        """
+        live = self._live.pop(microbatch)
+        roots: list[Tensor] = []
+        seeds: list[Tensor | None] = []
+        if live.total is not None and live.total.requires_grad:
+            roots.append(live.total)
+            seeds.append(None)
+        for name, arrived in grads.items():
+            known = live.given if name in live.given else live.received
+            tensors = known[name] if name in known else [self.parameter(name)]
+            for tensor, grad in zip(tensors, arrived, strict=True):
+                if grad is not None:
+                    roots.append(tensor)
+                    seeds.append(grad)
+        if roots:
+            torch.autograd.backward(roots, seeds)
+        return {name: [tensor.grad for tensor in tensors] for name, tensors in live.received.items()}
+
+    def parameter(self, name: str) -> nn.Parameter:
+        """Returns a parameter by its FQN, a tied one by its owner's."""
+        return self.program.module.get_parameter(self.program.tied.get(name, name))
+
+    def take_grad(self, name: str) -> list[Tensor | None]:
+        """Takes the gradient off a tied tensor's copy, to hand it on."""
+        parameter = self.parameter(name)
+        grad, parameter.grad = parameter.grad, None
+        return [grad]
+
+    def add_grad(self, name: str, grads: list[Tensor | None]) -> None:
+        """Adds the gradient that came from a later use of a tied tensor."""
+        parameter = self.parameter(name)
+        for grad in grads:
+            if grad is not None:
+                parameter.grad = grad if parameter.grad is None else grad + parameter.grad
+
+    def keep_buffers(self) -> None:
+        """Remembers the buffers that forward writes to, so that a step that fails can be undone.
+
+        A buffer counts as written once its version has changed; before the first step every one is remembered.
+        """
+        buffers = dict(self.program.module.named_buffers())
+        if self._versions:
+            self._written |= {name for name, version in self._versions.items() if buffers[name]._version != version}
+        kept = self._written if self._versions else buffers
+        self._kept = {name: buffers[name].clone() for name in kept}
+        self._versions = {name: buffer._version for name, buffer in buffers.items()}
+
+    def undo(self) -> None:
+        """Forgets an unfinished step: its activations, gradients and changes to buffers."""
+        self._live.clear()
+        self.losses.clear()
+        self.program.module.zero_grad(set_to_none=True)
+        for name, value in self._kept.items():
+            self.program.module.get_buffer(name).copy_(value)
+
+    def first_nonfinite(self, values: dict[str, Any], context: RunContext) -> tuple[Any, str | None]:
+        """Runs forward on one micro-batch; returns the values given and the first module whose output is not finite."""
+        found: list[str] = []
+
+        def look(name: str) -> Any:
+            def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
+                leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
+                if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+                    found.append(name)
+
+            return hook
+
+        handles = [m.register_forward_hook(look(name)) for name, m in self.program.module.named_modules() if name]
+        try:
+            given = self.forward(0, values, context)
+        finally:
+            for handle in handles:
+                handle.remove()
+        if not found and self.losses and not bool(torch.isfinite(self.losses.pop(0).total)):
+            found.append("the loss")
+        return given, found[0] if found else None
+
+
+def _needing_grad(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -1,0 +1,108 @@
+"""One rank: waits for commands, does them one after the other, replies. The same in a thread and in a process."""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+
+from modelpar.capture.cut import StageProgram
+from modelpar.planning.plan import Plan
+from modelpar.run import wire
+from modelpar.run.executor import Executor, Settings
+from modelpar.run.memory import PeakMemory
+from modelpar.run.stage_runner import RunContext, StageRunner
+from modelpar.run.transport import CONTROLLER, Mailbox, Transport
+
+
+class Closed(Exception):
+    """Ends a rank's thread: its mailbox was closed."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """What went wrong on a rank, as text: an exception may not survive the way to the controller."""
+
+    rank: int
+    what: str
+    """One line."""
+    where: str
+    """Stage, layer, action and micro-batch, as far as known."""
+    traceback: str
+    secondary: bool
+    """Whether it is likely only the echo of another rank's failure, such as a closed connection."""
+
+
+class Worker:
+    """One rank's state: the pipelines it has a part of."""
+
+    def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, locks: dict[str, Any] | None = None):
+        self.rank = rank
+        self._mailbox, self._transport = mailbox, transport
+        self._locks = locks
+        """One lock per device where several ranks share this process and so its random generators; else None."""
+        self._executors: dict[int, Executor] = {}
+        self._active: Executor | None = None
+
+    def serve(self) -> bool:
+        """Does commands until told to stop, then returns True; reports a failure to the controller and returns False."""
+        commands: dict[str, Callable[..., Any]] = {
+            "load": self._load,
+            "unload": self._unload,
+            "run": self._run,
+            "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
+            "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
+        }
+        number = 0
+        try:
+            while True:
+                name, arguments = self._mailbox.wait(("command", number))
+                if name == "stop":
+                    return True
+                self._transport.send(CONTROLLER, ("reply", self.rank, number), commands[name](**arguments))
+                self._transport.flush()
+                number += 1
+        except Closed:
+            return False
+        except BaseException as error:
+            self._transport.send(CONTROLLER, ("failure", self.rank), self._describe(error))
+            return False
+
+    def status(self) -> str:
+        """Says what the rank is doing, for messages to people."""
+        action, key = self._active.doing if self._active else (None, None)
+        if action is None:
+            return "is between steps"
+        return f"runs {action}" if key is None else f"has {action} pending and waits for {key}"
+
+    def _load(self, pipeline: int, setup: wire.Parcel, programs: list[wire.Parcel]) -> None:
+        plan, settings = cast(tuple[Plan, Settings], wire.receive(setup))
+        device = torch.device(plan.cluster.devices[self.rank])
+        memory = PeakMemory(device, owns_process=self._locks is None)
+        lock = None if self._locks is None else self._locks[str(device)]
+        runners = {}
+        for parcel in programs:
+            program: StageProgram = wire.receive(parcel)
+            runners[program.stage] = StageRunner(program, settings.seed, device, lock)
+        self._executors[pipeline] = Executor(self.rank, plan, settings, runners, self._mailbox, self._transport, memory)
+
+    def _unload(self, pipeline: int) -> None:
+        self._active = None
+        del self._executors[pipeline]
+
+    def _run(self, pipeline: int, run: int, context: RunContext, data_wait: float) -> dict[str, Any]:
+        self._active = self._executors[pipeline]
+        return self._active.run(run, context, data_wait)
+
+    def _describe(self, error: BaseException) -> Failure:
+        where = []
+        executor = self._active
+        action = executor.doing[0] if executor else None
+        if executor and action:
+            where.append(executor.describe(action, error))
+        text = "".join(traceback.format_exception(error))
+        secondary = isinstance(error, ConnectionError)
+        return Failure(self.rank, f"{type(error).__name__}: {error}", ", ".join(where), text, secondary)

@@ -1,0 +1,146 @@
+"""Processes or threads that serve ranks, started, supervised and stopped together: Workers."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from types import TracebackType
+from typing import Any, Self
+
+from modelpar.errors import ConfigError, ModelparError, RunError, StepTimeout
+from modelpar.run.launch.base import Launch
+from modelpar.run.launch.local import ProcessLaunch
+from modelpar.run.launch.threads import ThreadLaunch
+from modelpar.run.supervisor import Supervisor
+from modelpar.run.transport import Mailbox, Transport
+
+TRANSPORTS = ("rpc", "threads")
+
+
+class Workers:
+    """Ranks that pipelines run on; nothing of them outlives the `with` block.
+
+    ::
+
+        with Workers(2, transport="rpc") as workers, Pipeline(objective, plan, workers=workers) as pipeline:
+            ...
+
+    `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of this
+    process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one command, such
+    as a step, may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
+
+    Raises ConfigError for arguments that cannot be used, before anything is started.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        *,
+        transport: str = "rpc",
+        heartbeat_timeout: float = 60.0,
+        step_timeout: float | None = None,
+        port: int = 0,
+    ):
+        if num_ranks < 1:
+            raise ConfigError(f"num_ranks is {num_ranks}; expected at least 1")
+        if transport not in TRANSPORTS:
+            raise ConfigError(f"transport is {transport!r}; expected one of {', '.join(TRANSPORTS)}")
+        if heartbeat_timeout <= 0 or (step_timeout is not None and step_timeout <= 0):
+            raise ConfigError(
+                f"heartbeat_timeout is {heartbeat_timeout} and step_timeout {step_timeout}; expected seconds above 0"
+            )
+        self.num_ranks = num_ranks
+        self._kind, self._port = transport, port
+        self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
+        self._launch: Launch | None = None
+        self._commands = [itertools.count() for _ in range(num_ranks)]
+        self._numbers = itertools.count()
+        self._supervisor = Supervisor(num_ranks, heartbeat_timeout, self._on_error)
+        self._error: ModelparError | None = None
+        self._mailbox = Mailbox({"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure})
+
+    def __enter__(self) -> Self:
+        """Starts the ranks. Raises ConfigError where the port is in use, StartError where a process does not come up."""
+        if self._launch is not None:
+            raise RunError("these workers were started before; expected a new Workers for each `with` block")
+        if self._kind == "threads":
+            self._launch = ThreadLaunch(self.num_ranks, self._mailbox)
+        else:
+            beat = min(1.0, self._heartbeat_timeout / 4)
+            self._launch = ProcessLaunch(self.num_ranks, self._mailbox, self._port, beat)
+        self._supervisor.watch(self._launch)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stops the ranks: in order, or at once where the block was left by an exception."""
+        self._supervisor.stop()
+        assert self._launch
+        if self._error is None:
+            if error is None:
+                for rank in range(self.num_ranks):
+                    self.command(rank, "stop")
+                self._launch.stop()
+            else:
+                self._launch.kill()
+            self._error = RunError("these workers were stopped; expected to be used inside their `with` block")
+
+    @property
+    def transport(self) -> Transport:
+        """The controller's way to the ranks. Raises the error that ended them, or RunError where they do not run."""
+        if self._error is not None:
+            raise self._error
+        if self._launch is None:
+            raise RunError("the workers do not run; expected to be used inside `with Workers(...) as workers:`")
+        return self._launch.transport
+
+    def next_number(self) -> int:
+        """Returns a number never returned before, to name a run or a pipeline."""
+        return next(self._numbers)
+
+    def command(self, rank: int, name: str, **arguments: Any) -> tuple[int, int]:
+        """Gives a rank something to do after what it was given before; returns a ticket for `wait_reply`."""
+        number = next(self._commands[rank])
+        try:
+            self.transport.send(rank, ("command", number), (name, arguments))
+        except ConnectionError as error:
+            self._wait_cause(error)
+        return rank, number
+
+    def send(self, rank: int, key: tuple[Any, ...], tree: Any) -> None:
+        """Sends a pytree of tensors to a rank."""
+        try:
+            self.transport.send(rank, key, self.transport.pack(tree))
+        except ConnectionError as error:
+            self._wait_cause(error)
+
+    def wait(self, key: tuple[Any, ...]) -> Any:
+        """Waits for a value sent to the controller; raises what ended the workers, if something does."""
+        return self._mailbox.wait(key)
+
+    def wait_replies(self, tickets: list[tuple[int, int]]) -> list[Any]:
+        """Waits for the replies to commands. Raises StepTimeout, saying what every rank waits for, after step_timeout."""
+        deadline = None if self._step_timeout is None else time.monotonic() + self._step_timeout
+        replies = []
+        for ticket in tickets:
+            if not self._mailbox.wait_for(("reply", *ticket), deadline):
+                statuses = "; ".join(self._supervisor.statuses())
+                self._supervisor.fail(
+                    StepTimeout(f"no reply after step_timeout = {self._step_timeout:g} s: {statuses}")
+                )
+            replies.append(self._mailbox.wait(("reply", *ticket)))
+        return replies
+
+    def fail(self, error: ModelparError) -> None:
+        """Ends all ranks; every wait raises the error."""
+        self._supervisor.fail(error)
+
+    def _wait_cause(self, error: ConnectionError) -> None:
+        """Raises why a rank cannot be reached: the supervisor is about to find out."""
+        self._mailbox.wait(("never",))
+        raise AssertionError from error
+
+    def _on_error(self, error: ModelparError) -> None:
+        self._error = error
+        self._mailbox.close(error)
