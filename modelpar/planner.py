@@ -38,9 +38,9 @@ def plan(
 ) -> Plan:
     """Decides how to split, place and schedule an objective for batches like the example.
 
-    `profile` is "measured" (isolated times on this machine), "flops" (counted, free of noise) or a Profile. `num_threads`
-    per rank is by default max(1, cores // ranks). `devices` are torch devices, one per rank; by default CUDA devices where
-    there are any, else the CPU.
+    `profile` is "measured" (isolated times on this machine), "flops" (counted, free of noise) or a Profile.
+    `num_threads` per rank is by default max(1, cores // ranks). `devices` are torch devices, one per rank; by default
+    CUDA devices where there are any, else the CPU.
 
     Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work; starts no process.
     """

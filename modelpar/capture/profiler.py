@@ -40,8 +40,8 @@ def measure(
 ) -> Profile:
     """Returns a profile of isolated times of a micro-batch, on a device with as many threads as a rank has.
 
-    Each layer runs alone, on what the layer before it gave; times are medians. With one thread it is the CPU time of this
-    thread that counts, so that other processes on a shared host do not. Layers of equal description and shapes are
+    Each layer runs alone, on what the layer before it gave; times are medians. With one thread it is the CPU time of
+    this thread that counts, so that other processes on a shared host do not. Layers of equal description and shapes are
     measured once. The loss counts as part of the last layer.
     """
     before = torch.get_num_threads()

@@ -6,6 +6,7 @@ import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,8 +20,8 @@ from modelpar.errors import ConfigError
 class Arrays:
     """Samples in memory: the leading dimension of inputs and targets counts them."""
 
-    inputs: NDArray
-    targets: NDArray
+    inputs: NDArray[Any]
+    targets: NDArray[Any]
     train: NDArray[np.int64]
     """Indices of the training samples."""
     held: NDArray[np.int64]
@@ -62,10 +63,10 @@ def arrays(path: str, heldout: float = 0.1) -> Arrays:
         raise ConfigError(f"data.heldout is {heldout}; expected a share of at least 0 and less than 1")
     file = Path(path).expanduser()
     try:
-        loaded = np.load(file, allow_pickle=False)
-        if not isinstance(loaded, np.lib.npyio.NpzFile):
-            raise ConfigError(f"{path} holds a single array; expected an .npz file with inputs and targets")
-        with loaded:
+        with file.open("rb") as opened:
+            loaded = np.load(opened, allow_pickle=False)
+            if not isinstance(loaded, np.lib.npyio.NpzFile):
+                raise ConfigError(f"{path} holds a single array; expected an .npz file with inputs and targets")
             missing = [name for name in ("inputs", "targets") if name not in loaded.files]
             if missing:
                 raise ConfigError(f"{path} has {loaded.files} and no {' and no '.join(missing)}")
@@ -77,7 +78,7 @@ def arrays(path: str, heldout: float = 0.1) -> Arrays:
     return of_arrays(inputs, targets, heldout, file.name)
 
 
-def of_arrays(inputs: NDArray, targets: NDArray, heldout: float, name: str) -> Arrays:
+def of_arrays(inputs: NDArray[Any], targets: NDArray[Any], heldout: float, name: str) -> Arrays:
     """Returns samples that are in memory already; raises ConfigError where lengths differ or there is none."""
     num = len(inputs)
     if num != len(targets):
@@ -93,7 +94,7 @@ def of_arrays(inputs: NDArray, targets: NDArray, heldout: float, name: str) -> A
     return Arrays(inputs, targets, np.sort(order[num_held:]), np.sort(order[:num_held]), description)
 
 
-def _converted(array: NDArray, name: str, path: str) -> NDArray:
+def _converted(array: NDArray[Any], name: str, path: str) -> NDArray[Any]:
     if array.dtype.kind not in "biuf":
         raise ConfigError(f"{name} in {path} has dtype {array.dtype}; expected numbers")
     if array.ndim == 0:

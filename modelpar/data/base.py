@@ -24,7 +24,7 @@ class Data(Protocol):
         """The name and the value in nats of a loss to compare the held-out loss with."""
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
-        """Yields training batches without end; the same for the same seed. The ragged end of an epoch is a batch too."""
+        """Yields training batches without end, the same for the same seed; the ragged end of an epoch is one too."""
 
     def heldout(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """Yields the held-out samples, or `limit` of them spread evenly; always the same ones in the same order."""

@@ -56,7 +56,7 @@ class Example:
 
 
 def synthetic(
-    input_shape: Sequence[int] = (256,),
+    input_shape: Sequence[int] | int = 256,
     num_classes: int = 10,
     num_samples: int = 4096,
     seed: int = 0,
@@ -72,14 +72,13 @@ def synthetic(
         raise ConfigError(f"data.num_samples is {num_samples}; expected at least 1")
     if example is not None:
         return _of_example(example, num_samples)
-    if num_classes < 1 or min(input_shape, default=1) < 1:
-        raise ConfigError(
-            f"data.num_classes is {num_classes} and data.input_shape {list(input_shape)}; expected at least 1"
-        )
+    shape = [input_shape] if isinstance(input_shape, int) else list(input_shape)
+    if num_classes < 1 or min(shape, default=1) < 1:
+        raise ConfigError(f"data.num_classes is {num_classes} and data.input_shape {shape}; expected at least 1")
     generator = np.random.default_rng(seed)
-    centres = SEPARATION * generator.standard_normal((num_classes, *input_shape), np.float32)
+    centres = SEPARATION * generator.standard_normal((num_classes, *shape), np.float32)
     labels = generator.integers(num_classes, size=num_samples)
-    inputs = generator.standard_normal((num_samples, *input_shape), np.float32)
+    inputs = generator.standard_normal((num_samples, *shape), np.float32)
     inputs += centres[labels]
     return of_arrays(inputs, labels, 0.1, "a random teacher")
 

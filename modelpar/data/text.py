@@ -29,7 +29,7 @@ from modelpar.errors import ConfigError
 CACHE_VERSION = 1
 
 NOT_STDLIB = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test", "encodings", "pydoc_data"}
-"""Folders that `stdlib` leaves out: installed packages, test suites, and generated tables, which are data, not programs."""
+"""Folders that `stdlib` leaves out: installed packages, test suites, and generated tables, which are no programs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,8 +48,10 @@ class Text:
         """The entropy of the held-out bytes: the loss of a model that knows their frequencies and nothing else."""
         if not len(self.held):
             return None
-        parts = (self.held[i : i + 2**24] for i in range(0, len(self.held), 2**24))
-        return "byte-unigram entropy", entropy(sum(np.bincount(part, minlength=256) for part in parts))
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(self.held), 2**24):  # bincount makes int64 of what it counts
+            counts += np.bincount(self.held[start : start + 2**24], minlength=256)
+        return "byte-unigram entropy", entropy(counts)
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yields training batches without end, every window once per epoch."""
@@ -152,8 +154,12 @@ def cache_folder() -> Path:
 
 def _concatenate(documents: Iterable[tuple[Path, int]], target: Path) -> None:
     """Writes documents one after another; the file appears whole or not at all, also where two processes write it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False) as file:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        temporary = tempfile.NamedTemporaryFile(dir=target.parent, suffix=".tmp", delete=False)  # noqa: SIM115
+    except OSError as error:
+        raise ConfigError(f"the cache cannot be written: {error}; set XDG_CACHE_HOME to a folder that can") from error
+    with temporary as file:
         try:
             for path, size in documents:
                 content = path.read_bytes()

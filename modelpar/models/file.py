@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import sys
+import sysconfig
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -64,13 +65,16 @@ def _import(path: Path) -> ModuleType:
 
 
 def _pickle_neighbours_by_value(folder: Path, names: set[str]) -> None:
+    """Registers those of the modules that lie in the folder and that no worker could import by itself."""
+    stdlib = sysconfig.get_path("stdlib")
     for name in names:
         module = sys.modules.get(name)
         file = getattr(module, "__file__", None)
         if module is None or file is None:
             continue
         file = Path(file).resolve()
-        if file.is_relative_to(folder) and not {"site-packages", "dist-packages"} & set(file.parts):
+        installed = {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(stdlib)
+        if file.is_relative_to(folder) and not installed and name.split(".")[0] != "modelpar":
             cloudpickle.register_pickle_by_value(module)
 
 

@@ -25,7 +25,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, width) to the same shape."""
-        return x + self.dropout(F.gelu(self.linear(self.norm(x))))
+        out: Tensor = x + self.dropout(F.gelu(self.linear(self.norm(x))))
+        return out
 
 
 def build(

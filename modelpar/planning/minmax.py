@@ -139,16 +139,15 @@ def _levels(chain: Chain, threshold: int) -> list[_Level] | None:
     earliest = [0] * num_stages + [end]
     for s in range(num_stages - 1, 0, -1):
         prefix = chain.prefixes[s]
-        reached = int(np.searchsorted(prefix, prefix[earliest[s + 1]] - room[s]))
-        earliest[s] = max(s, reached)
+        earliest[s] = int(np.searchsorted(prefix, prefix[earliest[s + 1]] - room[s]))
     levels = [_Level(0, np.ones(1, dtype=np.bool_))]
     for s in range(num_stages):
         prefix, (start, mask) = chain.prefixes[s], (levels[-1].start, levels[-1].mask)
         stop = start + len(mask)
         keys = prefix[start:stop] if chain.overlap else prefix[start:stop] - crossing[start:stop]
         best = np.maximum.accumulate(np.where(mask, keys, _NEVER))
-        furthest = int(np.searchsorted(prefix, prefix[stop - 1] + room[s], side="right")) - 1
-        first, last = max(earliest[s + 1], start + 1), min(furthest, end - (num_stages - 1 - s))
+        first = max(earliest[s + 1], start + 1)
+        last = int(np.searchsorted(prefix, prefix[stop - 1] + room[s], side="right")) - 1
         if first > last:
             return None
         # best[k] is for the position after start + k: a stage holds at least one block.

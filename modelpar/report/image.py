@@ -2,7 +2,7 @@
 
 ::
 
-    title                                          step 12.3 ms, bubble 14 %
+    title · makespan 12.3 ms, bubble 14 %
     rank 0  predicted  [F0][F1]    [B0 ][F2][B1 ]          ···
             measured   [F0 ][F1 ]//[B0  ][F2 ][B1  ]       ···        81 %
     rank 1  …
@@ -38,7 +38,7 @@ def timeline_image(
 
     Boxes are computations, with letter and micro-batch where they fit; hatched ones are waits, coloured by what they
     waited for. Where `predicted` is given its lane stands above each rank's measured one on the same time axis. At the
-    right is each rank's utilization; the title line ends with step time and bubble.
+    right is each rank's utilization; the title line ends with makespan and bubble.
     """
     lanes = [(timeline, _LANE)] if predicted is None else [(predicted, _PREDICTED_LANE), (timeline, _LANE)]
     last_rank = f"rank {timeline.num_ranks - 1}"
@@ -85,7 +85,7 @@ def _heading(
     title: str, timeline: Timeline, predicted: Timeline | None, width: int
 ) -> list[tuple[str, float, int, str]]:
     """Returns the title lines as (text, x, font size, colour): title and numbers on one line where both fit."""
-    numbers = f"step {ms(timeline.makespan)}, bubble {percent(timeline.bubble)}"
+    numbers = f"makespan {ms(timeline.makespan)}, bubble {percent(timeline.bubble)}"
     if predicted is not None:
         numbers += f" (predicted {ms(predicted.makespan)}, {percent(predicted.bubble)})"
     if not title:

@@ -57,10 +57,10 @@ class Pipeline:
         with Pipeline(objective, plan, optimizer=make_optimizer) as pipeline:
             result = pipeline.step((inputs, targets))
 
-    `optimizer(named_parameters)` makes a torch optimizer of (FQN, parameter) pairs; every rank calls it for the parameters
-    it owns. `lr_schedule(optimizer)` makes a learning-rate schedule that is stepped after every training step. `max_norm`
-    clips the gradients of the whole model by their 2-norm. A Pipeline given no workers starts processes of its own.
-    The user's module is never changed: `state_dict()` returns the trained weights.
+    `optimizer(named_parameters)` makes a torch optimizer of (FQN, parameter) pairs; every rank calls it for the
+    parameters it owns. `lr_schedule(optimizer)` makes a learning-rate schedule that is stepped after every training
+    step. `max_norm` clips the gradients of the whole model by their 2-norm. A Pipeline given no workers starts
+    processes of its own. The user's module is never changed: `state_dict()` returns the trained weights.
 
     Raises PlanMismatch where the plan was made for another model and ConfigError for arguments that cannot be used,
     before anything runs.
@@ -124,8 +124,8 @@ class Pipeline:
     def step(self, batch: Batch) -> StepResult:
         """Trains on one batch (inputs, targets) and returns its loss, norm and timeline.
 
-        Raises StageError for an exception in the model, NonFiniteLoss before such a loss reaches the weights, WorkerLost
-        where a worker ended or fell silent, and StepTimeout.
+        Raises StageError for an exception in the model, NonFiniteLoss before such a loss reaches the weights,
+        WorkerLost where a worker ended or fell silent, and StepTimeout.
         """
         return self._collect(self._submit(batch, 0.0))
 
@@ -165,7 +165,7 @@ class Pipeline:
         return EvalResult(total / count, count, {name: value / count for name, value in metrics.items()})
 
     def predict(self, inputs: Any) -> Any:
-        """Returns the model's output for inputs, in eval mode, on the CPU; tensors are joined along the batch dimension."""
+        """Returns the output for inputs, in eval mode, on the CPU; tensors are joined along the batch dimension."""
         run, sizes, tickets = self._start("predict", (inputs, None), step=0)
         last = self._plan.num_stages - 1
         keys = [ValueKey("value", "output", i, last, BATCH) for i in range(len(sizes))]
@@ -175,7 +175,7 @@ class Pipeline:
         return _join(outputs, sizes, self._objective.batch_dim)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Returns the weights and buffers, on the CPU, with the unsplit model's keys in its order; tied ones are one."""
+        """Returns weights and buffers, on the CPU, with the unsplit model's keys in its order; tied ones are one."""
         found: dict[str, Tensor] = {}
         for state in reversed(self._ask_all("state_dict")):
             found |= state
@@ -184,7 +184,7 @@ class Pipeline:
         return {name: found[name] for name in self._model_names}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads weights and buffers by the unsplit model's keys. Raises ConfigError where keys are missing or unknown."""
+        """Loads weights and buffers by the unsplit model's keys; raises ConfigError for missing or unknown ones."""
         missing, unknown = set(self._model_names) - set(state), set(state) - set(self._model_names)
         if missing or unknown:
             raise ConfigError(

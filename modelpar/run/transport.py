@@ -29,7 +29,7 @@ class Mailbox:
         self._routes = routes or {}
 
     def put(self, key: tuple[Any, ...], value: Any) -> None:
-        """Files a value, and wakes the taker if it waits for this key; a routed kind, the key's first item, is handed on."""
+        """Files a value, and wakes the taker if it waits for this key; a routed kind (its first item) is handed on."""
         if key[0] in self._routes:
             self._routes[key[0]](key, value)
             return

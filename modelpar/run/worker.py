@@ -48,7 +48,7 @@ class Worker:
         self._active: Executor | None = None
 
     def serve(self) -> bool:
-        """Does commands until told to stop, then returns True; reports a failure to the controller and returns False."""
+        """Does commands until told to stop, then returns True; reports a failure, then returns False."""
         commands: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "unload": self._unload,

@@ -25,9 +25,10 @@ class Workers:
         with Workers(2, transport="rpc") as workers, Pipeline(objective, plan, workers=workers) as pipeline:
             ...
 
-    `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of this
-    process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one command, such
-    as a step, may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
+    `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of
+    this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one
+    command, such as a step, may take, by default any time. `port` is where processes meet on the loopback interface; 0
+    picks a free one.
 
     Raises ConfigError for arguments that cannot be used, before anything is started.
     """
@@ -60,7 +61,7 @@ class Workers:
         self._mailbox = Mailbox({"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure})
 
     def __enter__(self) -> Self:
-        """Starts the ranks. Raises ConfigError where the port is in use, StartError where a process does not come up."""
+        """Starts the ranks; raises ConfigError where the port is in use, StartError where a process does not start."""
         if self._launch is not None:
             raise RunError("these workers were started before; expected a new Workers for each `with` block")
         if self._kind == "threads":
@@ -120,7 +121,7 @@ class Workers:
         return self._mailbox.wait(key)
 
     def wait_replies(self, tickets: list[tuple[int, int]]) -> list[Any]:
-        """Waits for the replies to commands. Raises StepTimeout, saying what every rank waits for, after step_timeout."""
+        """Waits for replies; raises StepTimeout, saying what every rank waits for, after step_timeout."""
         deadline = None if self._step_timeout is None else time.monotonic() + self._step_timeout
         replies = []
         for ticket in tickets:

@@ -58,14 +58,18 @@ def logdir_arguments(paths: Sequence[str]) -> list[str]:
             raise ConfigError(f"{path} is a file; expected the folder of a run, or a folder of runs")
         if not _has_event_file(path):
             raise ConfigError(f"{path} holds no TensorBoard event file (events.out.tfevents.*) at any depth")
-    if len(paths) == 1:
-        return [f"--logdir={os.path.abspath(paths[0])}"]
     folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     common = Path(os.path.commonpath(folders))
+    if len(folders) == 1:
+        is_run = any("tfevents" in name for name in os.listdir(common))
+        if not is_run or "," in folders[0]:
+            return [f"--logdir={common}"]
+        common = common.parent  # a single run given by logdir would be called "."
     named = []
     for folder in folders:
         # TensorBoard splits its list at commas and names at the first colon, so that names may hold neither
-        name = re.sub(r"[,:]", "_", Path(folder).relative_to(common).as_posix()) or common.name
+        relative = Path(folder).relative_to(common).as_posix()
+        name = re.sub(r"[,:]", "_", common.name if relative == "." else relative)
         if "," in folder:
             raise ConfigError(f"{folder} has a comma in its name, which TensorBoard cannot take among several paths")
         named.append(f"{name}:{folder}")

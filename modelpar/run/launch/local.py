@@ -25,9 +25,9 @@ _START_SECONDS = 120
 class ProcessLaunch:
     """Starts one fresh Python process per rank; they find each other over a loopback store.
 
-    Fresh processes work from a notebook, from `__main__` and after CUDA was used; classes defined there travel by value.
-    A worker's standard input is a pipe from the controller: when the controller ends, however it ends, so does the pipe,
-    and the worker exits.
+    Fresh processes work from a notebook, from `__main__` and after CUDA was used; classes defined there travel by
+    value. A worker's standard input is a pipe from the controller: when the controller ends, however it ends, so does
+    the pipe, and the worker exits.
     """
 
     def __init__(self, num_ranks: int, controller: Mailbox, port: int, heartbeat_seconds: float):
@@ -149,7 +149,7 @@ def _exit_with_controller() -> None:
 
 
 def _warm_up() -> None:
-    """Uses autograd and an optimizer once: the first use loads code (some 80 MB), which no step and no stage should pay."""
+    """Uses autograd and an optimizer once: the first use loads code (some 80 MB), for which no step should pay."""
     parameter = torch.nn.Parameter(torch.zeros(8, 8))
     optimizer = torch.optim.SGD([parameter])
     (parameter @ parameter).sum().backward()

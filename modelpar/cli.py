@@ -1,0 +1,162 @@
+"""The command line: `modelpar train`, `simulate`, `compare`, `view`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch logs each peer that goes; modelpar says why, once
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+
+from modelpar import config as configs
+from modelpar.errors import ConfigError, ModelparError
+from modelpar.paths import config_dir
+
+_COMMANDS = {
+    "train": "train a model in stages",
+    "simulate": "predict a step and draw it; starts no process",
+    "compare": "compare partitions and schedules, predicted and measured",
+    "view": "show runs in TensorBoard",
+}
+_EXAMPLES = {
+    "train": (
+        "modelpar train model=mlp schedule=gpipe pipeline.num_ranks=4",
+        "modelpar train model=file model.factory=my_model.py:build data=arrays data.path=samples.npz",
+    ),
+    "simulate": (
+        "modelpar simulate schedule=gpipe pipeline.num_microbatches=16",
+        "modelpar simulate model=convnet partition=manual partition.balance=[5,3] pipeline.profile=flops",
+    ),
+    "compare": (
+        "modelpar compare partition=uniform,by_parameters,optimal schedule=gpipe,1f1b",
+        "modelpar compare pipeline.num_microbatches=4,8,16 measure=0",
+    ),
+    "view": ("modelpar view runs", "modelpar view runs/first runs/second --port 6007"),
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs a command and exits: 0 when it is done, 1 when it failed, 2 for bad input, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if words else 2)
+    command, *rest = words
+    try:
+        if command not in _COMMANDS:
+            raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
+        if command != "view" and {"-h", "--help"} & set(rest):
+            print(_command_help(command))
+            return
+        {"train": _train, "simulate": _simulate, "compare": _compare, "view": _view}[command](rest)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except ModelparError as error:
+        print(f"modelpar: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)
+
+
+def _train(words: list[str]) -> None:
+    """Runs the training under Hydra, so that its own flags work, such as -m for several runs or --cfg job."""
+    if not any(word.startswith("-") for word in words):
+        configs.load("train", words)  # Hydra would say what is wrong at length
+    _under_hydra("train", words, _run_training)
+
+
+def _run_training(config: DictConfig) -> None:
+    from modelpar.train import train
+
+    train(configs.checked(config), Console())
+
+
+def _under_hydra(name: str, words: list[str], run: Callable[[DictConfig], None]) -> None:
+    failure: list[BaseException] = []
+
+    def job(config: DictConfig) -> None:
+        try:
+            run(config)
+        except (ModelparError, KeyboardInterrupt) as error:
+            failure.append(error)
+            sys.exit(1)  # past Hydra, which would print a traceback
+
+    sys.argv = [f"modelpar {name}", *words]
+    try:
+        hydra.main(version_base="1.3", config_path=str(config_dir()), config_name=name)(job)()
+    except SystemExit:
+        if failure:
+            raise failure[0] from None
+        raise
+
+
+def _simulate(words: list[str]) -> None:
+    config = configs.load("simulate", _overrides("simulate", words))
+    from modelpar.simulate import simulate
+
+    simulate(config, Console())
+
+
+def _compare(words: list[str]) -> None:
+    overrides = _overrides("compare", words)
+    from modelpar.compare import compare
+
+    compare(overrides, Console())
+
+
+def _view(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="modelpar view",
+        description="Shows runs in TensorBoard, on this machine only, until Ctrl-C.",
+        epilog=_examples("view"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
+    parser.add_argument("--port", type=int, default=6006, help="0 picks a free one (default: %(default)s)")
+    options = parser.parse_args(words)
+    from modelpar.report.tensorboard.view import view
+
+    view(options.paths, options.port)
+
+
+def _overrides(command: str, words: list[str]) -> list[str]:
+    """Returns the words, which must all be Hydra overrides."""
+    for word in words:
+        if word in ("-m", "--multirun") and command == "compare":
+            raise ConfigError("compare takes lists as they are, partition=uniform,optimal; expected no -m")
+        if word.startswith("-"):
+            raise ConfigError(
+                f"{word} is not an option of {command}; expected overrides such as {configs.GROUPS[0]}=mlp"
+            )
+    return words
+
+
+def _help() -> str:
+    lines = "\n".join(f"  {name:<9} {text}" for name, text in _COMMANDS.items())
+    return f"usage: modelpar COMMAND …\n\n{lines}\n\nmodelpar COMMAND --help says more."
+
+
+def _command_help(command: str) -> str:
+    """Returns a command's groups with their choices, its options with their defaults, and examples."""
+    from omegaconf import OmegaConf
+
+    config = configs.load(command, [])
+    groups = "\n".join(f"  {group:<12} {', '.join(configs.choices(group))}" for group in configs.GROUPS)
+    own = {key: value for key, value in config.items() if key not in configs.GROUPS}
+    options = "\n".join(f"  {line}" for line in OmegaConf.to_yaml(own).rstrip().splitlines())
+    return (
+        f"modelpar {command}: {_COMMANDS[command]}\n\nusage: modelpar {command} [group=choice] [option=value] …\n\n"
+        f"groups and their choices:\n{groups}\n\noptions and their defaults (training.steps=300 changes one):\n{options}"
+        f"\n\nA group's own options are in its file, such as {config_dir() / 'model' / 'gpt.yaml'}.\n\n{_examples(command)}"
+    )
+
+
+def _examples(command: str) -> str:
+    return "examples:\n" + "\n".join(f"  {example}" for example in _EXAMPLES[command])
+
+
+if __name__ == "__main__":
+    main()

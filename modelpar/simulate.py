@@ -1,0 +1,20 @@
+"""`modelpar simulate`: what a plan would cost, drawn; starts no process."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+from rich.console import Console
+
+from modelpar.planning.simulate import predict
+from modelpar.report.text import draw_timeline, partition_table, simulation_summary
+from modelpar.task import task_of
+
+
+def simulate(config: DictConfig, console: Console) -> None:
+    """Prints the partition, the predicted timeline and its numbers."""
+    plan = task_of(config).plan()
+    timeline = predict(plan)
+    console.print(partition_table(plan))
+    console.print(draw_timeline(timeline, console.width))
+    console.print()
+    console.print(simulation_summary(plan, timeline))

@@ -1,0 +1,82 @@
+"""From a configuration to the things it names: Task, what train, simulate and compare have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from modelpar.capture.objective import Batch, Objective
+from modelpar.data.base import Data
+from modelpar.errors import ConfigError, ModelparError
+from modelpar.planner import plan
+from modelpar.planning.cluster import Link
+from modelpar.planning.plan import Plan
+from modelpar.planning.profile import Profile
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a configuration asks for: a model, its loss, its data, and how it trains."""
+
+    config: DictConfig
+    objective: Objective
+    data: Data
+    example: Batch
+    """A training batch of full size."""
+    optimizer: Callable[..., torch.optim.Optimizer]
+    lr_schedule: Callable[..., Any]
+
+    def plan(self, profile: Profile | None = None) -> Plan:
+        """Decides how to split and schedule it. A profile of the same model and micro-batches saves measuring again."""
+        pipeline, transport = self.config.pipeline, self.config.transport
+        return plan(
+            self.objective,
+            self.example,
+            num_ranks=pipeline.num_ranks,
+            num_microbatches=pipeline.num_microbatches,
+            partitioner=make(self.config.partition, "partition"),
+            schedule=make(self.config.schedule, "schedule"),
+            num_threads=pipeline.num_threads,
+            devices=pipeline.devices,
+            link=Link(transport.latency, transport.bandwidth),
+            profile=profile or pipeline.profile,
+            tied=pipeline.tied,
+        )
+
+
+def task_of(config: DictConfig) -> Task:
+    """Builds what a configuration names. Raises ConfigError for anything that cannot be used; starts no process."""
+    training = config.training
+    for name, least in (("steps", 1), ("batch_size", 1), ("eval_every", 0), ("eval_samples", 1), ("trace_every", 0)):
+        if training[name] < least:
+            raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
+    torch.manual_seed(training.seed)
+    model, example, loss = make(config.model, "model")
+    from_file = "example" in config.data and "factory" in config.model
+    data: Data = make(config.data, "data", **({"example": example} if from_file else {}))
+    return Task(
+        config=config,
+        objective=Objective(model, loss),
+        data=data,
+        example=next(data.batches(training.batch_size, training.seed)),
+        optimizer=make(config.optimizer, "optimizer"),
+        lr_schedule=make(config.lr_schedule, "lr_schedule"),
+    )
+
+
+def make(config: DictConfig, what: str, **arguments: Any) -> Any:
+    """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ModelparError):
+            raise error.__cause__ from None
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error

@@ -1,0 +1,265 @@
+"""`modelpar train`: config → plan → pipeline → loop → result."""
+
+from __future__ import annotations
+
+import itertools
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from threading import current_thread, main_thread
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+
+from modelpar.data.prefetch import prefetch
+from modelpar.errors import ConfigError, ModelparError
+from modelpar.planning.analysis import analyse
+from modelpar.planning.plan import Plan
+from modelpar.planning.result import StepResult
+from modelpar.planning.simulate import predict
+from modelpar.report.progress import TrainingProgress
+from modelpar.report.tensorboard.writer import RunWriter
+from modelpar.report.text import TrainingSummary, partition_table, training_summary
+from modelpar.run.pipeline import Pipeline
+from modelpar.run.workers import Workers
+from modelpar.rundir import RunDir
+from modelpar.task import Task, task_of
+
+SCHEMA_VERSION = 1
+_WARMUP_STEPS = 3
+"""Steps at the beginning that do not count towards the measured step time, where there are more."""
+
+
+@dataclass
+class _Record:
+    """What has been measured so far."""
+
+    results: list[StepResult] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    """Wall-clock time from one finished step to the next."""
+    heldout: list[tuple[int, float]] = field(default_factory=list)
+    """(number of steps done, loss)."""
+
+    def settled(self, values: Sequence[Any]) -> Sequence[Any]:
+        """Leaves out the first steps, where there are enough others."""
+        return values[_WARMUP_STEPS:] if len(values) > 2 * _WARMUP_STEPS else values
+
+
+def train(config: DictConfig, console: Console) -> RunDir:
+    """Trains what a configuration says, and returns the folder with everything that came of it.
+
+    The first Ctrl-C ends the training after the step under way, as if it had been the last one, and raises
+    KeyboardInterrupt when everything is saved; a second one ends it at once. Whatever fails, the steps that were finished
+    are in the event file and in result.json.
+    """
+    task = task_of(config)
+    plan = task.plan()
+    if plan.schedule.kind != "train":
+        raise ConfigError("the schedule has no backward; expected one that trains, such as schedule=1f1b")
+    run = RunDir.create(config.output.folder, config.output.name, _run_name(config))
+    OmegaConf.save(config, run.config)
+    plan.save(run.plan)
+    console.print(task.data.description, highlight=False)
+    console.print(partition_table(plan))
+    record, status = _Record(), "failed"
+    transport, training = config.transport, config.training
+    try:
+        with (
+            Workers(
+                plan.num_ranks,
+                transport=transport.kind,
+                port=transport.port,
+                heartbeat_timeout=transport.heartbeat_timeout,
+                step_timeout=transport.step_timeout,
+            ) as workers,
+            Pipeline(
+                task.objective,
+                plan,
+                workers=workers,
+                optimizer=task.optimizer,
+                lr_schedule=task.lr_schedule,
+                max_norm=training.max_norm,
+                seed=training.seed,
+            ) as pipeline,
+            RunWriter(run.path, plan) as writer,
+        ):
+            try:
+                with _stop_between_steps() as stop, TrainingProgress(console, training.steps) as progress:
+                    _loop(task, plan, pipeline, writer, run, record, progress, stop)
+                status = "interrupted" if stop else "done"
+            finally:
+                run.write_result(_result(plan, task, record, status))
+                if record.results:
+                    writer.hparams(_hparams(config, plan), _metrics(record))
+    except KeyboardInterrupt:
+        status = "interrupted"
+        run.write_result(_result(plan, task, record, status))
+        raise
+    _say_summary(console, run, plan, task, record)
+    if status == "interrupted":
+        raise KeyboardInterrupt
+    return run
+
+
+def _loop(
+    task: Task,
+    plan: Plan,
+    pipeline: Pipeline,
+    writer: RunWriter,
+    run: RunDir,
+    record: _Record,
+    progress: TrainingProgress,
+    stop: list[int],
+) -> None:
+    """Trains in stretches from one held-out loss to the next; saves the weights at the end of each."""
+    training = task.config.training
+    expected = predict(plan)
+    try:
+        with prefetch(task.data.batches(training.batch_size, training.seed)) as batches:
+            while len(record.results) < training.steps and not stop:
+                done = len(record.results)
+                stretch = min(training.eval_every or training.steps, training.steps - done)
+                coming = itertools.takewhile(lambda _: not stop, itertools.islice(batches, stretch))
+                last = time.perf_counter()
+                for result in pipeline.steps(coming):
+                    now = time.perf_counter()
+                    seconds, last = now - last, now
+                    record.results.append(result)
+                    record.step_seconds.append(seconds)
+                    samples = int(result.count)
+                    writer.step(result, seconds, samples)
+                    progress.step(result.step, result.loss, seconds, samples, result.timeline.bubble)
+                    if training.trace_every and (result.step + 1) % training.trace_every == 0:
+                        writer.timeline(result.step, result.timeline, expected)
+                heldout = task.data.heldout(training.batch_size, training.eval_samples)
+                loss = pipeline.evaluate(heldout).loss
+                record.heldout.append((len(record.results), loss))
+                writer.heldout(len(record.results) - 1, loss)
+                progress.heldout(loss)
+                run.write_weights(pipeline.state_dict(), plan.graph.tied)
+    except ModelparError:
+        _keep_weights(pipeline, run, plan)
+        raise
+
+
+def _keep_weights(pipeline: Pipeline, run: RunDir, plan: Plan) -> None:
+    """Saves the weights of the last finished step, where the workers still have them."""
+    try:
+        run.write_weights(pipeline.state_dict(), plan.graph.tied)
+    except ModelparError:  # they are gone; the weights saved last stay
+        return
+
+
+@contextmanager
+def _stop_between_steps() -> Iterator[list[int]]:
+    """Turns the first Ctrl-C or SIGTERM into an entry in the list yielded; a second one acts as usual."""
+    asked: list[int] = []
+    if current_thread() is not main_thread():
+        yield asked
+        return
+
+    def note(number: int, frame: Any) -> None:
+        asked.append(number)
+        signal.signal(number, before[number])
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, note)
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _run_name(config: DictConfig) -> str:
+    model = str(config.model.get("factory") or config.model._target_.split(".")[-2])
+    return f"{model.split('/')[-1].split('.')[0]}-{config.schedule._target_.rsplit('.', 1)[-1]}"
+
+
+def _result(plan: Plan, task: Task, record: _Record, status: str) -> dict[str, Any]:
+    """Returns what result.json holds; times in seconds, shares of 1, losses in nats for the models here."""
+    analyses = [analyse(result.timeline) for result in record.settled(record.results)]
+    peaks = record.results[-1].peak_bytes if record.results else ()
+    stages = []
+    owners = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
+    seen: set[str] = set()
+    for stage, rank in enumerate(plan.schedule.stage_to_rank):
+        layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
+        own = {owners.get(p.name, p.name): p for layer in layers for p in layer.parameters if p.trainable}
+        times = [analysis.ranks[rank] for analysis in analyses]
+        stages.append(
+            {
+                "rank": rank,
+                "device": plan.cluster.devices[rank],
+                "balance": len(layers),
+                "layers": [layer.name for layer in layers],
+                "parameters": sum(torch.Size(p.shape).numel() for name, p in own.items() if name not in seen),
+                "utilization": fmean(time.utilization for time in times) if times else None,
+                "wait": fmean(time.wait for time in times) if times else None,
+                "peak_bytes": peaks[rank] if peaks else None,
+            }
+        )
+        seen |= set(own)
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "status": status,
+        "steps": len(record.results),
+        "losses": [result.loss for result in record.results],
+        "heldout_losses": [{"steps": steps, "loss": loss} for steps, loss in record.heldout],
+        "baseline": list(task.data.baseline) if task.data.baseline else None,
+        "step_seconds": record.step_seconds,
+        "measured_step_seconds": median(record.settled(record.step_seconds)) if record.results else None,
+        "predicted_step_seconds": plan.prediction.step_seconds if plan.prediction else None,
+        "bubble": fmean(analysis.bubble for analysis in analyses) if analyses else None,
+        "predicted_bubble": plan.prediction.bubble if plan.prediction else None,
+        "num_threads": plan.num_threads,
+        "stages": stages,
+    }
+
+
+def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
+    return {
+        "model": _run_name(config).split("-")[0],
+        "schedule": config.schedule._target_.rsplit(".", 1)[-1],
+        "partition": plan.partition.method,
+        "balance": "-".join(map(str, plan.partition.balance)),
+        "transport": config.transport.kind,
+        "num_ranks": plan.num_ranks,
+        "num_microbatches": plan.num_microbatches,
+        "num_threads": plan.num_threads,
+        "optimizer": config.optimizer._target_.rsplit(".", 1)[-1],
+        "lr": config.optimizer.lr,
+        "batch_size": config.training.batch_size,
+    }
+
+
+def _metrics(record: _Record) -> dict[str, float]:
+    metrics = {
+        "loss": record.results[-1].loss,
+        "step_seconds": median(record.settled(record.step_seconds)),
+        "bubble": fmean(result.timeline.bubble for result in record.settled(record.results)),
+    }
+    return {**metrics, "heldout_loss": record.heldout[-1][1]} if record.heldout else metrics
+
+
+def _say_summary(console: Console, run: RunDir, plan: Plan, task: Task, record: _Record) -> None:
+    if not record.results:
+        return
+    ranks = [analyse(result.timeline).ranks for result in record.settled(record.results)]
+    summary = TrainingSummary(
+        first_loss=record.results[0].loss,
+        last_loss=record.results[-1].loss,
+        step_seconds=median(record.settled(record.step_seconds)),
+        utilization=tuple(fmean(r[rank].utilization for r in ranks) for rank in plan.schedule.stage_to_rank),
+        view_command=f"modelpar view {run.path}",
+        heldout_loss=record.heldout[-1][1] if record.heldout else None,
+        baseline=task.data.baseline,
+        predicted_step_seconds=plan.prediction.step_seconds if plan.prediction else None,
+    )
+    console.print(training_summary(summary), soft_wrap=True)
