@@ -147,10 +147,12 @@ def _command_help(command: str) -> str:
     groups = "\n".join(f"  {group:<12} {', '.join(configs.choices(group))}" for group in configs.GROUPS)
     own = {key: value for key, value in config.items() if key not in configs.GROUPS}
     options = "\n".join(f"  {line}" for line in OmegaConf.to_yaml(own).rstrip().splitlines())
+    example = config_dir() / "model" / "gpt.yaml"
     return (
         f"modelpar {command}: {_COMMANDS[command]}\n\nusage: modelpar {command} [group=choice] [option=value] …\n\n"
-        f"groups and their choices:\n{groups}\n\noptions and their defaults (training.steps=300 changes one):\n{options}"
-        f"\n\nA group's own options are in its file, such as {config_dir() / 'model' / 'gpt.yaml'}.\n\n{_examples(command)}"
+        f"groups and their choices:\n{groups}\n\n"
+        f"options and their defaults (training.steps=300 changes one):\n{options}\n\n"
+        f"A group's own options are in its file, such as {example}.\n\n{_examples(command)}"
     )
 
 

@@ -53,6 +53,15 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def choice(config: DictConfig, group: str) -> str:
+    """Returns which choice of a group a configuration holds, by its `_target_`."""
+    target = config[group]._target_
+    for name in choices(group):
+        if OmegaConf.load(config_dir() / group / f"{name}.yaml")._target_ == target:
+            return name
+    return str(target).rpartition(".")[2]
+
+
 def parse_lists(overrides: Sequence[str]) -> list[list[str]]:
     """Returns, per override, the single overrides that it stands for: `a=x,y` is `a=x` and `a=y`.
 

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from statistics import fmean, median
 from threading import current_thread, main_thread
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
+from modelpar.config import choice
 from modelpar.data.prefetch import prefetch
 from modelpar.errors import ConfigError, ModelparError
 from modelpar.planning.analysis import analyse
@@ -54,8 +56,8 @@ def train(config: DictConfig, console: Console) -> RunDir:
     """Trains what a configuration says, and returns the folder with everything that came of it.
 
     The first Ctrl-C ends the training after the step under way, as if it had been the last one, and raises
-    KeyboardInterrupt when everything is saved; a second one ends it at once. Whatever fails, the steps that were finished
-    are in the event file and in result.json.
+    KeyboardInterrupt when everything is saved; a second one ends it at once. Whatever fails, the steps that were
+    finished are in the event file and in result.json.
     """
     task = task_of(config)
     plan = task.plan()
@@ -178,8 +180,11 @@ def _stop_between_steps() -> Iterator[list[int]]:
 
 
 def _run_name(config: DictConfig) -> str:
-    model = str(config.model.get("factory") or config.model._target_.split(".")[-2])
-    return f"{model.split('/')[-1].split('.')[0]}-{config.schedule._target_.rsplit('.', 1)[-1]}"
+    return f"{_model_name(config)}-{choice(config, 'schedule')}"
+
+
+def _model_name(config: DictConfig) -> str:
+    return Path(config.model.factory.split(":")[0]).stem if "factory" in config.model else choice(config, "model")
 
 
 def _result(plan: Plan, task: Task, record: _Record, status: str) -> dict[str, Any]:
@@ -225,15 +230,15 @@ def _result(plan: Plan, task: Task, record: _Record, status: str) -> dict[str, A
 
 def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
     return {
-        "model": _run_name(config).split("-")[0],
-        "schedule": config.schedule._target_.rsplit(".", 1)[-1],
+        "model": _model_name(config),
+        "schedule": choice(config, "schedule"),
         "partition": plan.partition.method,
         "balance": "-".join(map(str, plan.partition.balance)),
         "transport": config.transport.kind,
         "num_ranks": plan.num_ranks,
         "num_microbatches": plan.num_microbatches,
         "num_threads": plan.num_threads,
-        "optimizer": config.optimizer._target_.rsplit(".", 1)[-1],
+        "optimizer": choice(config, "optimizer"),
         "lr": config.optimizer.lr,
         "batch_size": config.training.batch_size,
     }

@@ -51,7 +51,8 @@ def keyed(model, draws, seed, step, microbatch):
         return hook
 
     handles = [model.get_submodule(name).register_forward_pre_hook(before(name)) for name in draws]
-    handles += [model.get_submodule(n).register_forward_hook(lambda *_: torch.set_rng_state(saved.pop())) for n in draws]
+    restore = lambda *_: torch.set_rng_state(saved.pop())  # noqa: E731
+    handles += [model.get_submodule(name).register_forward_hook(restore) for name in draws]
     yield
     for handle in handles:
         handle.remove()

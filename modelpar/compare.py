@@ -1,0 +1,184 @@
+"""`modelpar compare`: many ways to split and schedule one model, predicted and measured side by side."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import fmean, median
+
+from omegaconf import DictConfig, OmegaConf
+from rich.console import Console
+from rich.progress import track
+
+from modelpar import config as configs
+from modelpar.errors import ConfigError
+from modelpar.planning.memory import stage_memory_bytes
+from modelpar.planning.partitioners import stage_seconds
+from modelpar.planning.plan import Plan
+from modelpar.planning.profile import Profile
+from modelpar.planning.result import StepResult
+from modelpar.planning.simulate import predict
+from modelpar.report.comparison import Row, best_first, comparison_table, write
+from modelpar.report.tensorboard.writer import RunWriter
+from modelpar.run.pipeline import Pipeline
+from modelpar.run.workers import Workers
+from modelpar.rundir import RunDir
+from modelpar.task import Task, task_of
+
+
+@dataclass
+class _Candidate:
+    """One combination."""
+
+    name: str
+    config: DictConfig
+    task: Task
+    plan: Plan
+    results: list[StepResult] = field(default_factory=list)
+    run: Path | None = None
+
+
+def compare(overrides: Sequence[str], console: Console) -> list[Row]:
+    """Predicts every combination of the values given, runs the best, prints a table and writes it to a new folder.
+
+    All combinations run on one set of workers. Each round runs every one of them for a few steps, so that a machine
+    that slows down or speeds up meanwhile does so for all; a combination's time is the median over all its steps.
+    """
+    lists = configs.parse_lists(overrides)
+    varied = [choices for choices in lists if len(choices) > 1]
+    combinations = list(itertools.product(*lists))
+    loaded = [configs.load("compare", combination) for combination in combinations]
+    _check_same(loaded)
+    candidates = _plan_all(loaded, [_name(combination, varied) for combination in combinations])
+    first = candidates[0].config
+    by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
+    measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
+    folder = RunDir.create(first.output.folder, first.output.name, "compare")
+    if measured:
+        _measure(measured, console)
+    for candidate in candidates:
+        candidate.run = _write_run(candidate, folder.path)
+    rows = best_first([_row(candidate) for candidate in candidates])
+    console.print(comparison_table(rows))
+    write(rows, folder.path)
+    console.print(f"modelpar view {folder.path}", style="bold", soft_wrap=True, highlight=False)
+    return rows
+
+
+def _check_same(loaded: list[DictConfig]) -> None:
+    first = loaded[0]
+    if first.measure is not None and (type(first.measure) is not int or first.measure < 0):
+        raise ConfigError(
+            f"measure is {first.measure}; expected how many combinations to run, 0 or more, or null for all"
+        )
+    for name in ("rounds", "steps"):
+        if first.comparison[name] < 1:
+            raise ConfigError(f"comparison.{name} is {first.comparison[name]}; expected at least 1")
+    for key in ("measure", "comparison", "transport", "output"):
+        if any(config[key] != first[key] for config in loaded):
+            raise ConfigError(f"{key} has several values; all combinations share one")
+
+
+_OF_TASK = ["model", "data", "training", "optimizer", "lr_schedule"]
+"""The parts of a configuration that `task_of` reads."""
+
+
+def _plan_all(loaded: list[DictConfig], names: list[str]) -> list[_Candidate]:
+    """Plans every combination; those of the same model, micro-batches and threads share one profile."""
+    profiles: dict[tuple[object, ...], Profile] = {}
+    tasks: dict[str, Task] = {}
+    candidates = []
+    for config, name in zip(loaded, names, strict=True):
+        what = OmegaConf.to_yaml(
+            OmegaConf.masked_copy(config, ["model", "data", "training", "optimizer", "lr_schedule"])
+        )
+        if what not in tasks:
+            tasks[what] = task_of(config)
+        task = replace(tasks[what], config=config)
+        pipeline = config.pipeline
+        key = (what, pipeline.profile, pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_threads)
+        plan = task.plan(profiles.get(key))
+        profiles[key] = plan.profile
+        if plan.schedule.kind != "train":
+            raise ConfigError(f"{name} has no backward; expected schedules that train, such as 1f1b")
+        candidates.append(_Candidate(name, config, task, plan))
+    return candidates
+
+
+def _measure(candidates: list[_Candidate], console: Console) -> None:
+    """Runs all candidates in turn, round after round, on one set of workers."""
+    transport, comparison = candidates[0].config.transport, candidates[0].config.comparison
+    with Workers(
+        max(candidate.plan.num_ranks for candidate in candidates),
+        transport=transport.kind,
+        port=transport.port,
+        heartbeat_timeout=transport.heartbeat_timeout,
+        step_timeout=transport.step_timeout,
+    ) as workers:
+        turns = list(itertools.product(range(comparison.rounds), candidates))
+        for _, candidate in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
+            task, training = candidate.task, candidate.config.training
+            with Pipeline(
+                task.objective,
+                candidate.plan,
+                workers=workers,
+                optimizer=task.optimizer,
+                lr_schedule=task.lr_schedule,
+                max_norm=training.max_norm,
+                seed=training.seed,
+            ) as pipeline:
+                batches = task.data.batches(training.batch_size, training.seed)
+                results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
+            candidate.results += results[1:]
+
+
+def _row(candidate: _Candidate) -> Row:
+    plan, results = candidate.plan, candidate.results
+    assert plan.prediction
+    config = candidate.config
+    return Row(
+        name=candidate.name,
+        partition=plan.partition.method,
+        schedule=configs.choice(config, "schedule"),
+        num_ranks=plan.num_ranks,
+        num_microbatches=plan.num_microbatches,
+        balance=plan.partition.balance,
+        bottleneck_seconds=max(stage_seconds(plan.graph, plan.profile, plan.cluster, plan.partition)),
+        predicted_step_seconds=plan.prediction.step_seconds,
+        bubble=fmean(result.timeline.bubble for result in results) if results else plan.prediction.bubble,
+        measured_step_seconds=median(result.timeline.makespan for result in results) if results else None,
+        peak_bytes=max(max(result.peak_bytes) for result in results) if results else max(stage_memory_bytes(plan)),
+        run=str(candidate.run),
+    )
+
+
+def _write_run(candidate: _Candidate, folder: Path) -> Path:
+    """Writes a TensorBoard run of one candidate: its plan, its steps, its row on the hparams page."""
+    run = RunDir.create(folder, candidate.name.replace(" ", "_").replace("/", "-"), "")
+    OmegaConf.save(candidate.config, run.config)
+    candidate.plan.save(run.plan)
+    row = _row(candidate)
+    with RunWriter(run.path, candidate.plan) as writer:
+        for number, result in enumerate(candidate.results):
+            writer.step(replace(result, step=number), result.timeline.makespan, int(result.count))
+        expected = predict(candidate.plan)
+        writer.timeline(0, candidate.results[-1].timeline if candidate.results else expected, expected)
+        values = {"partition": row.partition, "schedule": row.schedule, "balance": "-".join(map(str, row.balance))}
+        numbers = {"num_ranks": row.num_ranks, "num_microbatches": row.num_microbatches}
+        metrics = {"predicted_step_seconds": row.predicted_step_seconds, "bubble": row.bubble}
+        if row.measured_step_seconds is not None:
+            metrics["step_seconds"] = row.measured_step_seconds
+        writer.hparams(values | numbers, metrics)
+    return run.path
+
+
+def _name(combination: Sequence[str], varied: list[list[str]]) -> str:
+    """Returns what tells a combination from the others, such as "optimal 1f1b num_ranks=4"."""
+    parts = [override for override in combination if any(override in choices for choices in varied)]
+    words = []
+    for part in parts:
+        key, _, value = part.partition("=")
+        words.append(value if key in configs.GROUPS else f"{key.split('.')[-1]}={value}")
+    return " ".join(words) or "the only one"
