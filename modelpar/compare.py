@@ -22,8 +22,6 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
 from modelpar.report.tensorboard.writer import RunWriter
-from modelpar.run.pipeline import Pipeline
-from modelpar.run.workers import Workers
 from modelpar.rundir import RunDir
 from modelpar.task import Task, task_of
 
@@ -101,34 +99,18 @@ def _plan_all(loaded: list[DictConfig], names: list[str]) -> list[_Candidate]:
         key = (what, pipeline.profile, pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_threads)
         plan = task.plan(profiles.get(key))
         profiles[key] = plan.profile
-        if plan.schedule.kind != "train":
-            raise ConfigError(f"{name} has no backward; expected schedules that train, such as 1f1b")
         candidates.append(_Candidate(name, config, task, plan))
     return candidates
 
 
 def _measure(candidates: list[_Candidate], console: Console) -> None:
     """Runs all candidates in turn, round after round, on one set of workers."""
-    transport, comparison = candidates[0].config.transport, candidates[0].config.comparison
-    with Workers(
-        max(candidate.plan.num_ranks for candidate in candidates),
-        transport=transport.kind,
-        port=transport.port,
-        heartbeat_timeout=transport.heartbeat_timeout,
-        step_timeout=transport.step_timeout,
-    ) as workers:
+    comparison = candidates[0].config.comparison
+    with candidates[0].task.workers(max(candidate.plan.num_ranks for candidate in candidates)) as workers:
         turns = list(itertools.product(range(comparison.rounds), candidates))
         for _, candidate in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
             task, training = candidate.task, candidate.config.training
-            with Pipeline(
-                task.objective,
-                candidate.plan,
-                workers=workers,
-                optimizer=task.optimizer,
-                lr_schedule=task.lr_schedule,
-                max_norm=training.max_norm,
-                seed=training.seed,
-            ) as pipeline:
+            with task.pipeline(candidate.plan, workers) as pipeline:
                 batches = task.data.batches(training.batch_size, training.seed)
                 results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
             candidate.results += results[1:]

@@ -18,6 +18,8 @@ from modelpar.planner import plan
 from modelpar.planning.cluster import Link
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
+from modelpar.run.pipeline import Pipeline
+from modelpar.run.workers import Workers
 
 
 @dataclass(frozen=True)
@@ -49,11 +51,46 @@ class Task:
             tied=pipeline.tied,
         )
 
+    def workers(self, num_ranks: int) -> Workers:
+        """Returns workers as the configuration wants them, not yet started."""
+        transport = self.config.transport
+        return Workers(
+            num_ranks,
+            transport=transport.kind,
+            port=transport.port,
+            heartbeat_timeout=transport.heartbeat_timeout,
+            step_timeout=transport.step_timeout,
+        )
+
+    def pipeline(self, plan: Plan, workers: Workers) -> Pipeline:
+        """Returns the pipeline that trains as a plan says, not yet loaded. Raises ConfigError where it cannot train."""
+        if plan.schedule.kind != "train":
+            raise ConfigError("the schedule has no backward; expected one that trains, such as schedule=1f1b")
+        return Pipeline(
+            self.objective,
+            plan,
+            workers=workers,
+            optimizer=self.optimizer,
+            lr_schedule=self.lr_schedule,
+            max_norm=self.config.training.max_norm,
+            seed=self.config.training.seed,
+        )
+
+
+_LEAST = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "eval_samples": 1, "trace_every": 0}
+
 
 def task_of(config: DictConfig) -> Task:
     """Builds what a configuration names. Raises ConfigError for anything that cannot be used; starts no process."""
     training = config.training
-    for name, least in (("steps", 1), ("batch_size", 1), ("eval_every", 0), ("eval_samples", 1), ("trace_every", 0)):
+    for name, least in (
+        ("steps", 1),
+        ("batch_size", 1),
+        ("seed", 0),
+        ("eval_every", 0),
+        ("eval_samples", 1),
+        ("trace_every", 0),
+    ):
         if training[name] < least:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)

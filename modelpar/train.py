@@ -6,7 +6,7 @@ import itertools
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean, median
@@ -19,7 +19,7 @@ from rich.console import Console
 
 from modelpar.config import choice
 from modelpar.data.prefetch import prefetch
-from modelpar.errors import ConfigError, ModelparError
+from modelpar.errors import ModelparError
 from modelpar.planning.analysis import analyse
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
@@ -28,7 +28,6 @@ from modelpar.report.progress import TrainingProgress
 from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import TrainingSummary, partition_table, training_summary
 from modelpar.run.pipeline import Pipeline
-from modelpar.run.workers import Workers
 from modelpar.rundir import RunDir
 from modelpar.task import Task, task_of
 
@@ -61,47 +60,31 @@ def train(config: DictConfig, console: Console) -> RunDir:
     """
     task = task_of(config)
     plan = task.plan()
-    if plan.schedule.kind != "train":
-        raise ConfigError("the schedule has no backward; expected one that trains, such as schedule=1f1b")
-    run = RunDir.create(config.output.folder, config.output.name, _run_name(config))
-    OmegaConf.save(config, run.config)
-    plan.save(run.plan)
+    workers = task.workers(plan.num_ranks)
+    pipeline = task.pipeline(plan, workers)
     console.print(task.data.description, highlight=False)
     console.print(partition_table(plan))
     record, status = _Record(), "failed"
-    transport, training = config.transport, config.training
-    try:
-        with (
-            Workers(
-                plan.num_ranks,
-                transport=transport.kind,
-                port=transport.port,
-                heartbeat_timeout=transport.heartbeat_timeout,
-                step_timeout=transport.step_timeout,
-            ) as workers,
-            Pipeline(
-                task.objective,
-                plan,
-                workers=workers,
-                optimizer=task.optimizer,
-                lr_schedule=task.lr_schedule,
-                max_norm=training.max_norm,
-                seed=training.seed,
-            ) as pipeline,
-            RunWriter(run.path, plan) as writer,
-        ):
-            try:
-                with _stop_between_steps() as stop, TrainingProgress(console, training.steps) as progress:
-                    _loop(task, plan, pipeline, writer, run, record, progress, stop)
-                status = "interrupted" if stop else "done"
-            finally:
-                run.write_result(_result(plan, task, record, status))
-                if record.results:
-                    writer.hparams(_hparams(config, plan), _metrics(record))
-    except KeyboardInterrupt:
-        status = "interrupted"
-        run.write_result(_result(plan, task, record, status))
-        raise
+    with ExitStack() as exits:
+        exits.enter_context(workers)
+        exits.enter_context(pipeline)
+        run = RunDir.create(
+            config.output.folder, config.output.name, f"{_model_name(config)}-{choice(config, 'schedule')}"
+        )
+        OmegaConf.save(config, run.config)
+        plan.save(run.plan)
+        writer = exits.enter_context(RunWriter(run.path, plan))
+        try:
+            with _stop_between_steps() as stop, TrainingProgress(console, config.training.steps) as progress:
+                _loop(task, plan, pipeline, writer, run, record, progress, stop)
+            status = "interrupted" if stop else "done"
+        except KeyboardInterrupt:
+            status = "interrupted"
+            raise
+        finally:
+            run.write_result(_result(plan, task, record, status))
+            if record.results:
+                writer.hparams(_hparams(config, plan), _metrics(record))
     _say_summary(console, run, plan, task, record)
     if status == "interrupted":
         raise KeyboardInterrupt
@@ -177,10 +160,6 @@ def _stop_between_steps() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _run_name(config: DictConfig) -> str:
-    return f"{_model_name(config)}-{choice(config, 'schedule')}"
 
 
 def _model_name(config: DictConfig) -> str:

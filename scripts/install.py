@@ -74,7 +74,7 @@ def install(wanted: str, installed: str, lock: IO[str]) -> None:
         version = "{}.{}".format(*sys.version_info)
         say(f"making .venv with Python {version} and installing PyTorch and more: minutes on a slow line, only once")
         clear()
-        run([sys.executable, "-m", "venv", "--prompt", "modelpar", str(VENV)], lock)
+        run([sys.executable, "-m", "venv", "--prompt", "modelpar", str(VENV.resolve())], lock)
     try:
         # The pinned build tools, and no build isolation, so that what builds is as fixed as what is built.
         if build_requires:

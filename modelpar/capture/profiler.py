@@ -78,13 +78,13 @@ def _profile(
                 output = call(child, value) if first else child(value)
                 return loss_of(objective.loss, output, targets, num_samples).total if last else output
 
-            key = (repr(child), tuple(p.shape for p in layer.parameters), _shapes(value), i == 0, last)
+            key = (_description(child), tuple(p.shape for p in layer.parameters), _shapes(value), i == 0, last)
             if key not in known:
                 known[key] = _layer_cost(layer.name, child, forward, value, device, repeats, num_threads)
             costs.append(replace(known[key], name=layer.name))
             if not last:
                 with torch.no_grad():
-                    value = forward(_fresh(value))
+                    value = forward(_fresh(value)[1])
                 value = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(t.is_floating_point()), value)
             child.to(home)
     return Profile(
@@ -119,8 +119,7 @@ def _layer_cost(
 
     with FlopCounterMode(display=False) as counter:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            received = _fresh(value)
-            output = forward(received)
+            output = forward(_fresh(value)[1])
         given = [t for t in _tensors(output) if t.requires_grad]
         if given:  # not torch.autograd.grad, which the counter cannot follow
             torch.autograd.backward(given, [torch.ones_like(t) for t in given])
@@ -140,12 +139,12 @@ def _layer_cost(
     clock = _clock(device, num_threads)
     times: list[tuple[float, float, float]] = []
     for _ in range(repeats + 1):
-        received = _fresh(value)
+        received, working = _fresh(value)
         started = clock()
-        output = forward(received)
+        output = forward(working)
         ran = clock()
         given = [t for t in _tensors(output) if t.requires_grad]
-        inputs = [t for t in _tensors(received) if t.requires_grad]
+        inputs = [t for t in received if t.requires_grad]
         seeds = [torch.ones_like(t) for t in given]
         begun = clock()
         if given and inputs:
@@ -176,9 +175,21 @@ def _clock(device: torch.device, num_threads: int) -> Callable[[], float]:
     return time.thread_time if num_threads == 1 else time.perf_counter
 
 
-def _fresh(tree: Any) -> Any:
-    """Returns a copy that a layer may write to, as a graph of its own whose gradient can be asked for."""
-    return pytree.tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(t.requires_grad), tree)
+def _fresh(tree: Any) -> tuple[list[Tensor], Any]:
+    """Returns leaves of a new graph, whose gradients can be asked for, and copies of them that a layer may write to."""
+    leaves = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), tree)
+    return _tensors(leaves), pytree.tree_map_only(Tensor, Tensor.clone, leaves)
+
+
+def _description(module: nn.Module) -> Any:
+    """Returns what makes a layer's cost: its text and, since a text may leave them out, its modules' plain settings."""
+    settings = [
+        (name, value)
+        for part in module.modules()
+        for name, value in vars(part).items()
+        if isinstance(value, (bool, int, float, str))
+    ]
+    return repr(module), tuple(settings)
 
 
 def _tensors(tree: Any) -> list[Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def structure(model: nn.Module) -> ModelGraph:
     ]
     cuts = tuple(c for c in range(1, len(layers)) if not any(i < c <= j for i, j in together))
     values = [Value("inputs", BATCH, (0,), needs_grad=False)]
-    values += [Value(layer.name, i, (i + 1,)) for i, layer in enumerate(layers[:-1])]
+    values += [Value(_value_name(layer), i, (i + 1,)) for i, layer in enumerate(layers[:-1])]
     values += [Value("targets", BATCH, (len(layers) - 1,), needs_grad=False)]
     return ModelGraph(layers, tuple(values), cuts, _ties(model, children))
 
@@ -55,7 +56,7 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
     graph = structure(model)
     inputs, targets = batch
     num_samples = batch_size(inputs, objective.batch_dim)
-    layers, sizes, grads = [], [], []
+    layers, sizes, grads, passes = [], [], [], []
     value: Any = inputs
     with untouched(model), _draws(model) as draws:
         for i, (layer, child) in enumerate(zip(graph.layers, model._modules.values(), strict=True)):
@@ -75,13 +76,18 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
             layers.append(
                 Layer(layer.name, layer.kind, layer.parameters, tuple(dict.fromkeys(draws[seen:])), writes_input=writes)
             )
+            passes.append(bool(_storages(received) & _storages(_leaves(value))))
             sizes.append(sum(t.numel() * t.element_size() for t in _leaves(value)) / num_samples)
             grads.append(any(t.requires_grad for t in _leaves(value)))
+    for i in reversed(range(len(layers) - 1)):  # a view of what it received, or that itself, may be written to later on
+        layers[i] = replace(
+            layers[i], writes_input=layers[i].writes_input or (passes[i] and layers[i + 1].writes_input)
+        )
     values = tuple(
         Value(v.name, v.producer, v.consumers, sizes[v.producer], grads[v.producer]) if v.producer != BATCH else v
         for v in graph.values
     )
-    cuts = _keep_together(graph.cuts, model, layers)
+    cuts = _keep_together(graph.cuts, layers)
     return ModelGraph(tuple(layers), values, cuts, graph.tied)
 
 
@@ -143,18 +149,28 @@ def _generator_states() -> list[Tensor]:
     return [*states, torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else states
 
 
-def _keep_together(cuts: tuple[int, ...], model: nn.Module, layers: list[Layer]) -> tuple[int, ...]:
+def _keep_together(cuts: tuple[int, ...], layers: list[Layer]) -> tuple[int, ...]:
     """Removes cuts between two uses of one module that draws: its call number would start anew on the second stage."""
-    children = list(model._modules.values())
-    uses = [
-        (children.index(child), i) for i, child in enumerate(children) if children.index(child) < i and layers[i].draws
-    ]
-    return tuple(c for c in cuts if not any(i < c <= j for i, j in uses))
+    uses: dict[str, list[int]] = {}
+    for i, layer in enumerate(layers):
+        for name in layer.draws:
+            uses.setdefault(name, []).append(i)
+    return tuple(c for c in cuts if not any(used[0] < c <= used[-1] for used in uses.values()))
 
 
 def _fresh(tensor: Tensor) -> Tensor:
     """Returns a copy that a layer may write to, and that starts a graph of its own."""
     return tensor.detach().requires_grad_(tensor.requires_grad).clone()
+
+
+def _value_name(layer: Layer) -> str:
+    """Returns the name of what a layer gives: its own, unless that is a name of the batch's values."""
+    return f"{layer.name}.output" if layer.name in ("inputs", "targets") else layer.name
+
+
+def _storages(tensors: list[Tensor]) -> set[int]:
+    """Returns the memory that tensors lie in, by address."""
+    return {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor.layout is torch.strided}
 
 
 def _leaves(tree: Any) -> list[Tensor]:

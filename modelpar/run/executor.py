@@ -130,7 +130,6 @@ class Executor:
                 self._send(run, key, value)
             if given:
                 self._spans.append(Span(self.rank, "send", end, perf_counter(), action.stage, action.microbatch))
-        self.doing = (None, None)
 
     def _actions(self, mode: str, num_microbatches: int) -> list[tuple[Action, list[ValueKey], list[ValueKey]]]:
         """Returns the rank's actions with what each needs and gives."""
@@ -145,6 +144,7 @@ class Executor:
         return self._lists[kind, num_microbatches]
 
     def _end_run(self, run: int) -> None:
+        self.doing = (None, None)
         self._transport.flush()
         left = self._mailbox.left(run)
         assert not left, f"rank {self.rank} ended a step without taking {left}"
@@ -155,6 +155,7 @@ class Executor:
             self.doing = (action, key)
             start = perf_counter()
             value = self._mailbox.wait((run, key))
+            self.doing = (action, None)
             kind = "data" if key.source == BATCH else "wait"
             self._spans.append(
                 Span(self.rank, kind, start, perf_counter(), action.stage, action.microbatch, cause=str(key))
@@ -287,7 +288,13 @@ class Executor:
         }
 
     def _locate(self, run: int, context: RunContext) -> dict[str, Any]:
-        """Runs one micro-batch forward to find, per stage, the first module whose output is not finite."""
+        """Runs one micro-batch forward to find, per stage, the first module whose output is not finite.
+
+        The controller asks for it after it knows of the failed step, which is where training may go on.
+        """
+        self._poisoned = False
+        for runner in self._runners.values():
+            runner.keep_buffers()
         found: dict[int, str] = {}
         for action, needed, given in self._actions(context.mode, 1):
             runner = self._runners[action.stage]
@@ -298,12 +305,14 @@ class Executor:
             for key in given:
                 self._send(run, key, results[key.name])
         self._end_run(run)
+        for runner in self._runners.values():
+            runner.undo()
         return {"nonfinite": found}
 
     def describe(self, action: Action, error: BaseException) -> str:
         """Says where an exception happened: stage, layer FQN, action, micro-batch and the shapes it worked on."""
         runner = self._runners[action.stage]
-        layer = runner.program.failing_layer(error.__traceback__)
+        layer = runner.program.failing_layer(error.__traceback__) if action.op is Op.FORWARD else "unknown"
         tensors = [leaf for leaf in pytree.tree_leaves(list(self._values.values())) if isinstance(leaf, Tensor)]
         shapes = " ".join(str(list(tensor.shape)) for tensor in tensors) or "none"
         where = f"stage {action.stage}, layer {layer}, action {action}"

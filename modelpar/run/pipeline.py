@@ -299,7 +299,11 @@ def _checked(batch: Any) -> Batch:
 
 def _check_optimizer(optimizer: OptimizerFactory, lr_schedule: Callable[[torch.optim.Optimizer], Any] | None) -> None:
     """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts."""
-    made = optimizer([("probe", nn.Parameter(torch.zeros(1)))])
+    try:
+        made = optimizer([("probe", nn.Parameter(torch.zeros(1)))])
+        schedule = lr_schedule(made) if lr_schedule is not None else None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"the optimizer or its learning-rate schedule cannot be made: {error}") from error
     if not isinstance(made, torch.optim.Optimizer):
         raise ConfigError(
             f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
@@ -308,10 +312,8 @@ def _check_optimizer(optimizer: OptimizerFactory, lr_schedule: Callable[[torch.o
         raise ConfigError(
             "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
         )
-    if lr_schedule is not None:
-        schedule = lr_schedule(made)
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
+    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
 
 
 def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:

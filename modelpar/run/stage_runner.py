@@ -49,7 +49,7 @@ class StageRunner:
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
         self._live: dict[int, _Live] = {}
-        self._versions: dict[str, int] = {}
+        self._seen: dict[str, tuple[Tensor, int]] = {}
         self._written: set[str] = set()
         self._kept: dict[str, Tensor] = {}
         self.peak_live = 0
@@ -123,14 +123,16 @@ class StageRunner:
     def keep_buffers(self) -> None:
         """Remembers the buffers that forward writes to, so that a step that fails can be undone.
 
-        A buffer counts as written once its version has changed; before the first step every one is remembered.
+        A buffer counts as written once it was replaced or its version has changed; before the first step every one is
+        remembered.
         """
         buffers = dict(self.program.module.named_buffers())
-        if self._versions:
-            self._written |= {name for name, version in self._versions.items() if buffers[name]._version != version}
-        kept = self._written if self._versions else buffers
+        for name, (buffer, version) in self._seen.items():
+            if buffers[name] is not buffer or buffer._version != version:
+                self._written.add(name)
+        kept = self._written if self._seen else buffers
         self._kept = {name: buffers[name].clone() for name in kept}
-        self._versions = {name: buffer._version for name, buffer in buffers.items()}
+        self._seen = {name: (buffer, buffer._version) for name, buffer in buffers.items()}
 
     def undo(self) -> None:
         """Forgets an unfinished step: its activations, gradients and changes to buffers."""
@@ -138,7 +140,7 @@ class StageRunner:
         self.losses.clear()
         self.program.module.zero_grad(set_to_none=True)
         for name, value in self._kept.items():
-            self.program.module.get_buffer(name).copy_(value)
+            self.program.module.get_buffer(name).detach().copy_(value)
 
     def first_nonfinite(self, values: dict[str, Any], context: RunContext) -> tuple[Any, str | None]:
         """Runs forward on one micro-batch; returns the values given and the first module whose output is not finite."""

@@ -1,0 +1,73 @@
+"""Workers shared by the whole session, and fresh Python processes for what kills its own."""
+
+import os
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+
+from modelpar.run.workers import Workers
+
+ROOT = Path(__file__).parent.parent
+
+torch.set_num_threads(1)
+
+
+class Shared:
+    """Four ranks for the session; started when first asked for, and again after a test has failed with them."""
+
+    def __init__(self, transport):
+        self._transport, self._exits, self._workers = transport, ExitStack(), None
+
+    def get(self):
+        if self._workers is None or self._workers._error is not None:
+            self.close()
+            self._workers = self._exits.enter_context(Workers(4, transport=self._transport))
+        return self._workers
+
+    def close(self):
+        self._exits.close()
+
+
+@pytest.fixture(scope="session")
+def shared_workers():
+    shared = {transport: Shared(transport) for transport in ("threads", "rpc")}
+    yield shared
+    for each in shared.values():
+        each.close()
+
+
+@pytest.fixture(params=["threads", "rpc"])
+def workers(request, shared_workers):
+    """Four ranks: as threads, then as processes."""
+    return shared_workers[request.param].get()
+
+
+@pytest.fixture
+def start_script(tmp_path):
+    """Starts Python source as a script of its own, as a user would; warnings are errors in it. Ended with the test."""
+    started = []
+
+    def start(source: str) -> subprocess.Popen:
+        path = tmp_path / f"script{len(started)}.py"
+        path.write_text(dedent(source))
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+        process = subprocess.Popen(
+            [sys.executable, "-W", "error", str(path)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
