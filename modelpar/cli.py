@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch logs each peer that goes; modelpar says why, once
@@ -61,11 +63,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(2 if isinstance(error, ValueError) else 1)
 
 
+_HYDRA_FLAGS = {"-m": 0, "--multirun": 0, "-c": 1, "--cfg": 1, "--resolve": 0, "-p": 1, "--package": 1}
+"""Those of Hydra's flags that `train` passes on, and how many values follow each."""
+
+
 def _train(words: list[str]) -> None:
-    """Runs the training under Hydra, so that its own flags work, such as -m for several runs or --cfg job."""
-    if not any(word.startswith("-") for word in words):
-        configs.load("train", words)  # Hydra would say what is wrong at length
-    _under_hydra("train", words, _run_training)
+    """Runs the training under Hydra, so that its own flags work: -m for several runs, --cfg job to see the config."""
+    overrides, flags = _split_flags(words)
+    several = "-m" in flags or "--multirun" in flags
+    for combination in itertools.product(*configs.parse_lists(overrides)) if several else [overrides]:
+        configs.load("train", combination)  # Hydra would say what is wrong at length
+    with tempfile.TemporaryDirectory() as folder:  # for what Hydra notes of several runs: each has its own config.yaml
+        sweep = [f"hydra.sweep.dir='{folder}'"] if several else []
+        _under_hydra("train", [*flags, *sweep, *overrides], _run_training)
+
+
+def _split_flags(words: list[str]) -> tuple[list[str], list[str]]:
+    """Returns overrides, and Hydra's flags with their values; raises ConfigError for other flags."""
+    overrides, flags, rest = [], [], iter(words)
+    for word in rest:
+        flag, equals, _ = word.partition("=")
+        if not word.startswith("-"):
+            overrides.append(word)
+        elif flag not in _HYDRA_FLAGS:
+            raise ConfigError(f"{word} is not an option of train; expected overrides or {', '.join(_HYDRA_FLAGS)}")
+        else:
+            flags += [word, *itertools.islice(rest, 0 if equals else _HYDRA_FLAGS[flag])]
+    return overrides, flags
 
 
 def _run_training(config: DictConfig) -> None:

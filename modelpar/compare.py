@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean, median
@@ -22,6 +24,7 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
 from modelpar.report.tensorboard.writer import RunWriter
+from modelpar.run.workers import Workers
 from modelpar.rundir import RunDir
 from modelpar.task import Task, task_of
 
@@ -46,22 +49,28 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
     """
     lists = configs.parse_lists(overrides)
     varied = [choices for choices in lists if len(choices) > 1]
-    combinations = list(itertools.product(*lists))
+    combinations = list(dict.fromkeys(itertools.product(*lists)))
     loaded = [configs.load("compare", combination) for combination in combinations]
     _check_same(loaded)
     candidates = _plan_all(loaded, [_name(combination, varied) for combination in combinations])
     first = candidates[0].config
     by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
     measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
+    for candidate in measured:
+        candidate.task.pipeline(candidate.plan)  # finds out what cannot train, before anything is made
+    workers = candidates[0].task.workers(max(candidate.plan.num_ranks for candidate in measured or candidates))
     folder = RunDir.create(first.output.folder, first.output.name, "compare")
-    if measured:
-        _measure(measured, console)
-    for candidate in candidates:
-        candidate.run = _write_run(candidate, folder.path)
+    with ExitStack() as exits:
+        exits.callback(folder.remove_if_empty)
+        if measured:
+            _measure(measured, workers, console)
+        for candidate in candidates:
+            candidate.run = _write_run(candidate, folder.path)
     rows = best_first([_row(candidate) for candidate in candidates])
     console.print(comparison_table(rows))
     write(rows, folder.path)
-    console.print(f"modelpar view {folder.path}", style="bold", soft_wrap=True, highlight=False)
+    command = f"modelpar view {shlex.quote(str(folder.path))}"
+    console.print(command, style="bold", soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
@@ -89,24 +98,23 @@ def _plan_all(loaded: list[DictConfig], names: list[str]) -> list[_Candidate]:
     tasks: dict[str, Task] = {}
     candidates = []
     for config, name in zip(loaded, names, strict=True):
-        what = OmegaConf.to_yaml(
-            OmegaConf.masked_copy(config, ["model", "data", "training", "optimizer", "lr_schedule"])
-        )
+        what = OmegaConf.to_yaml(OmegaConf.masked_copy(config, _OF_TASK))
         if what not in tasks:
             tasks[what] = task_of(config)
         task = replace(tasks[what], config=config)
         pipeline = config.pipeline
-        key = (what, pipeline.profile, pipeline.num_ranks, pipeline.num_microbatches, pipeline.num_threads)
+        ranks = (pipeline.num_ranks, str(pipeline.devices), pipeline.num_threads)
+        key = (what, pipeline.profile, pipeline.num_microbatches, *ranks)
         plan = task.plan(profiles.get(key))
         profiles[key] = plan.profile
         candidates.append(_Candidate(name, config, task, plan))
     return candidates
 
 
-def _measure(candidates: list[_Candidate], console: Console) -> None:
+def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -> None:
     """Runs all candidates in turn, round after round, on one set of workers."""
     comparison = candidates[0].config.comparison
-    with candidates[0].task.workers(max(candidate.plan.num_ranks for candidate in candidates)) as workers:
+    with workers:
         turns = list(itertools.product(range(comparison.rounds), candidates))
         for _, candidate in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
             task, training = candidate.task, candidate.config.training

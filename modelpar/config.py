@@ -9,7 +9,8 @@ from typing import Any
 
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
+from hydra.core.override_parser.types import Glob, Override
+from hydra.errors import HydraException, OverrideParseException
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -26,25 +27,28 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises ConfigError, in one line, for an override that is unknown or misspelt (with the valid names), ambiguous,
     malformed, missing or of the wrong type.
     """
+    _refuse_several(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            plain = compose(name, [override for override in overrides if _is_choice(override)])
             config = compose(name, list(overrides))
+            plain = compose(name, _chosen(overrides))
     except (HydraException, OmegaConfBaseException) as error:
         raise ConfigError(_explain(error, name, overrides)) from error
-    _check_types(config, plain)
-    return checked(config)
+    except ValueError as error:  # Hydra's own, for an override without a name
+        raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
+    _check_types(checked(config), plain)
+    return config
 
 
 def checked(config: DictConfig) -> DictConfig:
     """Returns a configuration with all references resolved; raises ConfigError where a value is missing."""
-    missing = sorted(OmegaConf.missing_keys(config))
-    if missing:
-        raise ConfigError(f"{missing[0]} has no value; expected {missing[0]}=… on the command line")
     try:
+        missing = sorted(OmegaConf.missing_keys(config))
         OmegaConf.resolve(config)
     except OmegaConfBaseException as error:
-        raise ConfigError(_first_line(error)) from error
+        raise ConfigError(f"{error.full_key} cannot be resolved: {_first_line(error)}") from error
+    if missing:
+        raise ConfigError(f"{missing[0]} has no value; expected {missing[0]}=… on the command line")
     return config
 
 
@@ -70,7 +74,7 @@ def parse_lists(overrides: Sequence[str]) -> list[list[str]]:
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         return [
-            [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+            [f"{override.get_key_element()}={value}" for value in _values(override)]
             if override.is_sweep_override()
             else [text]
             for text, override in zip(overrides, parsed, strict=True)
@@ -79,8 +83,24 @@ def parse_lists(overrides: Sequence[str]) -> list[list[str]]:
         raise ConfigError(_explain(error, "", overrides)) from error
 
 
-def _is_choice(override: str) -> bool:
-    return override.split("=")[0] in GROUPS and "," not in override
+def _values(override: Override) -> Sequence[str]:
+    value = override.value()
+    if isinstance(value, Glob):  # such as partition=glob(by_*)
+        return value.filter(choices(override.key_or_group))
+    return list(override.sweep_string_iterator())
+
+
+def _refuse_several(overrides: Sequence[str]) -> None:
+    """Raises ConfigError where a group gets a list: Hydra would merge the choices into one that nobody wants."""
+    for override in _chosen(overrides):
+        group, _, value = override.partition("=")
+        if value.startswith("["):
+            raise ConfigError(f"{override} gives several choices; expected one of {', '.join(choices(group))}")
+
+
+def _chosen(overrides: Sequence[str]) -> list[str]:
+    """Returns those overrides that choose something from a group."""
+    return [override for override in overrides if override.split("=")[0] in GROUPS]
 
 
 def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
@@ -91,13 +111,13 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         return f"{group}={choice} is unknown; {_expected(choice, choices(group))}"
     if found := re.search(r"(?:Could not override|Key) '([\w.@/-]+)'", text):
         key = _full_key(found[1], overrides)
-        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key)))}"
+        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}"
     if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
         key, _, value = found[1].partition("=")
-        return (
-            f"{found[1]} gives several values; expected one, a list {key}=[{value}], or `modelpar compare` "
-            "(or `modelpar train -m`) to try each"
-        )
+        one = "one" if key in GROUPS else f"one, a list {key}=[{value}]"
+        return f"{found[1]} gives several values; expected {one}, or `modelpar compare` or `train -m` to try each"
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is malformed; expected key=value"
     return f"malformed override: {_first_line(error)}; expected key=value"
 
 
@@ -107,18 +127,18 @@ def _full_key(key: str, overrides: Sequence[str]) -> str:
     return next((k for k in keys if k == key or k.endswith(f".{key}")), key)
 
 
-def _keys_near(name: str, key: str) -> Iterator[str]:
+def _keys_near(name: str, key: str, overrides: Sequence[str]) -> Iterator[str]:
     """Yields the keys that would be valid where a key is not: at the deepest level of it that exists."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node: Any = compose(name)
+        node: Any = compose(name, _chosen(overrides))
     prefix: list[str] = []
     for part in key.split(".")[:-1]:
-        if not isinstance(node, DictConfig) or part not in node:
+        below = OmegaConf.select(node, part)
+        if not isinstance(below, DictConfig):
             break
-        node = OmegaConf.select(node, part, throw_on_missing=False)
+        node = below
         prefix.append(part)
-    if isinstance(node, DictConfig):
-        yield from (".".join([*prefix, str(k)]) for k in node if not str(k).startswith("_"))
+    yield from (".".join([*prefix, str(k)]) for k in node if not str(k).startswith("_"))
 
 
 def _expected(wrong: str, valid: list[str]) -> str:
@@ -127,27 +147,48 @@ def _expected(wrong: str, valid: list[str]) -> str:
     return f"{guess}expected one of {', '.join(valid)}"
 
 
-_NULLABLE = ("training.max_norm",)
-"""Keys with a default that may be null all the same."""
+_NULLABLE: dict[str, type] = {
+    "training.max_norm": float,
+    "pipeline.num_threads": int,
+    "pipeline.devices": ListConfig,
+    "transport.step_timeout": float,
+    "measure": int,
+}
+"""What may be null, and its type where it is not."""
+_REQUIRED: dict[str, type] = {"partition.balance": ListConfig, "data.path": str, "model.factory": str}
+"""The types of what has no default."""
 
 
 def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> None:
-    """Raises ConfigError where a value has another type than the one it replaces, which null and references allow."""
+    """Raises ConfigError where a value has another type than the one it replaces, or is not there, or is one more.
+
+    Only what is handed to a `_target_` may get more values, by `+`.
+    """
+    if "_target_" not in plain and (more := [str(name) for name in config if name not in plain]):
+        valid = [f"{prefix}{name}" for name in plain]
+        raise ConfigError(f"{prefix}{more[0]} is unknown; {_expected(prefix + more[0], valid)}")
     for name in plain:
-        if OmegaConf.is_missing(plain, name) or OmegaConf.is_interpolation(plain, name):
+        key = f"{prefix}{name}"
+        if name not in config:
+            raise ConfigError(f"{key} was taken away; expected a value")
+        if OmegaConf.is_interpolation(plain, name):
             continue
-        key, default, value = f"{prefix}{name}", plain[name], config._get_node(name)
+        default, found = plain._get_node(name), config[name]
         if isinstance(default, DictConfig):
-            if not isinstance(value, DictConfig):
-                raise ConfigError(f"{key} is {value}; expected {key}.… with one of {', '.join(map(str, default))}")
-            _check_types(value, default, f"{key}.")
-        elif default is not None and not OmegaConf.is_interpolation(config, name):
-            found = config[name]
-            kinds = (int, float) if type(default) is float else (type(default),)
-            if type(found) not in kinds and not (found is None and key in _NULLABLE):
-                shown = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
-                shown = "null" if shown is None else repr(shown)
-                raise ConfigError(f"{key} is {shown}; expected {_KINDS.get(type(default), type(default).__name__)}")
+            if not isinstance(found, DictConfig):
+                raise ConfigError(f"{key} is {found}; expected {key}.… with one of {', '.join(map(str, default))}")
+            _check_types(found, default, f"{key}.")
+        else:
+            _check_type(key, found, _NULLABLE.get(key) or _REQUIRED.get(key) or type(plain[name]))
+
+
+def _check_type(key: str, found: Any, wanted: type) -> None:
+    kinds = {float: (int, float), type(None): (type(found),)}.get(wanted, (wanted,))
+    if type(found) in kinds or (found is None and key in _NULLABLE):
+        return
+    shown = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
+    shown = "null" if shown is None else repr(shown)
+    raise ConfigError(f"{key} is {shown}; expected {_KINDS.get(wanted, wanted.__name__)}")
 
 
 _KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", ListConfig: "a list"}

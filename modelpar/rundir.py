@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -31,7 +32,7 @@ class RunDir:
 
         Raises ConfigError where the folder exists already or cannot be made.
         """
-        stem = name or f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{default}"
+        stem = str(name or "") or f"{datetime.now():%Y-%m-%d_%H-%M-%S}-{default}"
         for suffix in itertools.count():
             path = Path(folder) / (f"{stem}-{suffix}" if suffix else stem)
             try:
@@ -43,6 +44,11 @@ class RunDir:
             except OSError as error:
                 raise ConfigError(f"the run folder {path} cannot be made: {error.strerror}") from error
         raise AssertionError
+
+    def remove_if_empty(self) -> None:
+        """Removes the folder where nothing was written into it: what it was for did not start."""
+        with suppress(OSError):
+            self.path.rmdir()
 
     @property
     def config(self) -> Path:

@@ -62,7 +62,7 @@ class Task:
             step_timeout=transport.step_timeout,
         )
 
-    def pipeline(self, plan: Plan, workers: Workers) -> Pipeline:
+    def pipeline(self, plan: Plan, workers: Workers | None = None) -> Pipeline:
         """Returns the pipeline that trains as a plan says, not yet loaded. Raises ConfigError where it cannot train."""
         if plan.schedule.kind != "train":
             raise ConfigError("the schedule has no backward; expected one that trains, such as schedule=1f1b")
@@ -83,14 +83,7 @@ _LEAST = {"steps": 1, "batch_size": 1, "seed": 0, "eval_every": 0, "eval_samples
 def task_of(config: DictConfig) -> Task:
     """Builds what a configuration names. Raises ConfigError for anything that cannot be used; starts no process."""
     training = config.training
-    for name, least in (
-        ("steps", 1),
-        ("batch_size", 1),
-        ("seed", 0),
-        ("eval_every", 0),
-        ("eval_samples", 1),
-        ("trace_every", 0),
-    ):
+    for name, least in _LEAST.items():
         if training[name] < least:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)

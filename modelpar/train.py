@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 import signal
 import time
 from collections.abc import Iterator, Sequence
@@ -62,15 +63,14 @@ def train(config: DictConfig, console: Console) -> RunDir:
     plan = task.plan()
     workers = task.workers(plan.num_ranks)
     pipeline = task.pipeline(plan, workers)
-    console.print(task.data.description, highlight=False)
-    console.print(partition_table(plan))
+    run = RunDir.create(config.output.folder, config.output.name, f"{_model_name(config)}-{choice(config, 'schedule')}")
     record, status = _Record(), "failed"
     with ExitStack() as exits:
+        exits.callback(run.remove_if_empty)
+        console.print(task.data.description, highlight=False, markup=False)
+        console.print(partition_table(plan))
         exits.enter_context(workers)
         exits.enter_context(pipeline)
-        run = RunDir.create(
-            config.output.folder, config.output.name, f"{_model_name(config)}-{choice(config, 'schedule')}"
-        )
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
         writer = exits.enter_context(RunWriter(run.path, plan))
@@ -122,10 +122,11 @@ def _loop(
                     if training.trace_every and (result.step + 1) % training.trace_every == 0:
                         writer.timeline(result.step, result.timeline, expected)
                 heldout = task.data.heldout(training.batch_size, training.eval_samples)
-                loss = pipeline.evaluate(heldout).loss
-                record.heldout.append((len(record.results), loss))
-                writer.heldout(len(record.results) - 1, loss)
-                progress.heldout(loss)
+                for first in itertools.islice(heldout, 1):  # with data.heldout=0 there is none
+                    loss = pipeline.evaluate(itertools.chain([first], heldout)).loss
+                    record.heldout.append((len(record.results), loss))
+                    writer.heldout(len(record.results) - 1, loss)
+                    progress.heldout(loss)
                 run.write_weights(pipeline.state_dict(), plan.graph.tied)
     except ModelparError:
         _keep_weights(pipeline, run, plan)
@@ -241,7 +242,7 @@ def _say_summary(console: Console, run: RunDir, plan: Plan, task: Task, record: 
         last_loss=record.results[-1].loss,
         step_seconds=median(record.settled(record.step_seconds)),
         utilization=tuple(fmean(r[rank].utilization for r in ranks) for rank in plan.schedule.stage_to_rank),
-        view_command=f"modelpar view {run.path}",
+        view_command=f"modelpar view {shlex.quote(str(run.path))}",
         heldout_loss=record.heldout[-1][1] if record.heldout else None,
         baseline=task.data.baseline,
         predicted_step_seconds=plan.prediction.step_seconds if plan.prediction else None,

@@ -47,13 +47,13 @@ def workers(request, shared_workers):
     return shared_workers[request.param].get()
 
 
-@pytest.fixture
-def start_script(tmp_path):
-    """Starts Python source as a script of its own, as a user would; warnings are errors in it. Ended with the test."""
-    started = []
+@pytest.fixture(scope="module")
+def start_script(tmp_path_factory):
+    """Starts Python source as a script of its own, as a user would; warnings are errors in it. Ended with the tests."""
+    folder, started = tmp_path_factory.mktemp("scripts"), []
 
     def start(source: str) -> subprocess.Popen:
-        path = tmp_path / f"script{len(started)}.py"
+        path = folder / f"script{len(started)}.py"
         path.write_text(dedent(source))
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         process = subprocess.Popen(

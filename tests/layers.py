@@ -5,7 +5,11 @@ import signal
 from threading import Event
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from modelpar.capture.objective import LossResult
+from modelpar.planning.schedule import Schedule
 
 LARGE = 1e4
 """What the layers below that do something on purpose wait for: an input with a value above it. Nothing else has one."""
@@ -177,3 +181,33 @@ class OwnLoss(nn.Module):
     def forward(self, x):
         loss = x.square().mean()
         return {"scalar": loss, "tuple": (loss, x), "dict": {"logits": x, "loss": loss}}[self.kind]
+
+
+def adamw(parameters):
+    return torch.optim.AdamW(parameters, lr=1e-2)
+
+
+def momentum(parameters):
+    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
+
+
+def decay(optimizer):
+    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+
+def count_tokens(output, targets):
+    """Mean over tokens that are not padding; micro-batches have different numbers of them, one has none."""
+    keep = targets >= 0
+    losses = F.cross_entropy(output, targets.clamp(min=0), reduction="none")
+    hits = (output.argmax(1) == targets).sum().item()
+    return LossResult((losses * keep).sum(), int(keep.sum()), {"accuracy": hits / max(1, int(keep.sum()))})
+
+
+def looped(num_ranks, num_microbatches):
+    """Two stages per rank: rank 0 has stages 0 and 2, rank 1 has 1 and 3; depth first."""
+    text = []
+    for rank in range(num_ranks):
+        forward = [f"{s}F{m}" for m in range(num_microbatches) for s in (rank, rank + num_ranks)]
+        backward = [f"{s}B{m}" for m in range(num_microbatches) for s in (rank + num_ranks, rank)]
+        text.append(" ".join(forward + backward))
+    return Schedule.of(text)

@@ -19,15 +19,19 @@ from layers import (
     Slice,
     Transpose,
     TwoInputs,
+    adamw,
+    count_tokens,
+    decay,
+    looped,
+    momentum,
 )
 from reference import keyed, train
 from torch import nn
-from unsplit import adamw, assert_same, check_equal, decay, draws, make_plan, momentum
+from unsplit import assert_same, check_equal, draws, make_plan
 
-from modelpar.capture.objective import LossResult, Objective
+from modelpar.capture.objective import Objective
 from modelpar.models import convnet, gpt, mlp
 from modelpar.planning import partitioners, schedules
-from modelpar.planning.schedule import Schedule
 from modelpar.run.pipeline import Pipeline
 
 GPT = partial(gpt.build, vocab_size=32, context=8, width=16, depth=3, heads=2)
@@ -83,16 +87,6 @@ def test_every_manual_split_gives_the_same_bits(workers):
         split = partial(partitioners.manual, balance=balance)
         plan = check_equal(workers, model, loss, batches_like(example, [6]), partitioner=split, num_microbatches=3)
         assert list(plan.partition.balance) == balance
-
-
-def looped(num_ranks, num_microbatches):
-    """Two stages per rank: rank 0 has stages 0 and 2, rank 1 has 1 and 3; depth first."""
-    text = []
-    for rank in range(num_ranks):
-        forward = [f"{s}F{m}" for m in range(num_microbatches) for s in (rank, rank + num_ranks)]
-        backward = [f"{s}B{m}" for m in range(num_microbatches) for s in (rank + num_ranks, rank)]
-        text.append(" ".join(forward + backward))
-    return Schedule.of(text)
 
 
 @pytest.mark.parametrize("tied", ["exact", "fast"])
@@ -207,14 +201,6 @@ def test_odd_models_equal_the_unsplit_one(workers, name):
         if name != "in place on the batch":  # there the unsplit model itself writes to the batch
             assert torch.equal(x, x_before)
         assert torch.equal(y, y_before)
-
-
-def count_tokens(output, targets):
-    """Mean over tokens that are not padding; micro-batches have different numbers of them, one has none."""
-    keep = targets >= 0
-    losses = F.cross_entropy(output, targets.clamp(min=0), reduction="none")
-    hits = (output.argmax(1) == targets).sum().item()
-    return LossResult((losses * keep).sum(), int(keep.sum()), {"accuracy": hits / max(1, int(keep.sum()))})
 
 
 def test_a_loss_that_counts_for_itself(workers):

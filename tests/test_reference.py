@@ -6,8 +6,8 @@ import pytest
 import reference
 import torch
 import torch.nn.functional as F
+from layers import adamw, momentum
 from torch import nn
-from unsplit import adamw, momentum
 
 WIDTH = 8
 

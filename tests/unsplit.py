@@ -3,24 +3,13 @@
 import copy
 
 import torch
+from layers import momentum
 from reference import train
 
 from modelpar.capture.objective import Objective
 from modelpar.planner import plan
 from modelpar.planning import partitioners, schedules
 from modelpar.run.pipeline import Pipeline
-
-
-def adamw(parameters):
-    return torch.optim.AdamW(parameters, lr=1e-2)
-
-
-def momentum(parameters):
-    return torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=0.01)
-
-
-def decay(optimizer):
-    return torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
 
 
 def make_plan(objective, batch, num_ranks=2, num_microbatches=4, **options):

@@ -89,6 +89,8 @@ def manual(
     Raises PartitionError where the counts do not add up, or ask for a cut that is not legal.
     """
     _check(graph, profile, num_stages)
+    if not all(isinstance(count, int) for count in balance):
+        raise PartitionError(f"balance {list(balance)}; expected whole numbers, one per stage")
     if len(balance) != num_stages:
         raise PartitionError(f"balance {list(balance)} has {len(balance)} stages; expected {num_stages}")
     partition = Partition.of_balance(balance, len(graph.layers))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -71,19 +71,28 @@ def best_first(rows: Sequence[Row]) -> list[Row]:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """Returns the rows, best first, as a table for the terminal; the best row is bold."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    for heading in _HEADINGS:
+    extra = _extra(rows)
+    for heading in (*extra, *_HEADINGS):
         left = heading in _LEFT  # only words may break where the terminal is narrow, never numbers
         justify: Literal["left", "right"] = "left" if left else "right"
         table.add_column(heading.replace(" ", "\n"), justify=justify, no_wrap=not left, overflow="fold")
     for place, row in enumerate(best_first(rows)):
-        table.add_row(*map(Text, _cells(row)), style="bold" if place == 0 else "")
+        table.add_row(
+            *map(Text, (say(row) for say in extra.values())),
+            *map(Text, _cells(row)),
+            style="bold" if place == 0 else "",
+        )
     return table
 
 
 def comparison_markdown(rows: Sequence[Row]) -> str:
     """Returns the rows, best first, as a Markdown table."""
-    lines = [list(_HEADINGS), [":--" if heading in _LEFT else "--:" for heading in _HEADINGS]]
-    lines += [[cell.replace("|", "\\|") for cell in _cells(row)] for row in best_first(rows)]
+    extra = _extra(rows)
+    headings = [*extra, *_HEADINGS]
+    lines = [[heading.replace("- ", "-") for heading in headings]]
+    lines += [[":--" if heading in _LEFT else "--:" for heading in headings]]
+    cells = [[*(say(row) for say in extra.values()), *_cells(row)] for row in best_first(rows)]
+    lines += [[cell.replace("|", "\\|") for cell in line] for line in cells]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
@@ -130,7 +139,21 @@ _HEADINGS = (
     "bubble",
     "peak memory",
 )
-_LEFT = ("partition", "schedule", "balance")
+_LEFT = ("name", "partition", "schedule", "balance")
+
+
+def _extra(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+    """Returns the columns without which nobody could tell what a row is, and what they say."""
+    columns: dict[str, Callable[[Row], str]] = {}
+    if len({row.num_microbatches for row in rows}) > 1:
+        columns["micro- batches"] = lambda row: str(row.num_microbatches)
+    told = [
+        (row.partition, row.schedule, row.num_ranks, row.num_microbatches, row.partition == "manual" and row.balance)
+        for row in rows
+    ]
+    if len(set(told)) < len(told):
+        columns["name"] = lambda row: row.name
+    return columns
 
 
 def _cells(row: Row) -> tuple[str, ...]:

@@ -68,6 +68,7 @@ class Executor:
         self._values: dict[ValueKey, Any] = {}
         """What the current action works on, for messages to people."""
         self._poisoned = False
+        self._idle_since = perf_counter()
         self._owned = {stage: runner.program.owned_parameters() for stage, runner in runners.items()}
         named = [pair for owned in self._owned.values() for pair in owned.items()]
         self._optimizer = settings.optimizer(named) if settings.optimizer and named else None
@@ -96,9 +97,10 @@ class Executor:
         if self._poisoned:  # an earlier step in flight failed: the weights must stay as they were before it
             self._mailbox.discard(run)
             return {"spans": [], "finite": False}
-        if data_wait > 0:
-            now = perf_counter()
-            self._spans.append(Span(self.rank, "data", now - data_wait, now, cause="the next batch"))
+        now = perf_counter()
+        idle = min(data_wait, now - self._idle_since)
+        if idle > 0:
+            self._spans.append(Span(self.rank, "data", now - idle, now, cause="the next batch"))
         for runner in self._runners.values():
             runner.keep_buffers()
         self._walk(run, context)
@@ -147,6 +149,7 @@ class Executor:
         self.doing = (None, None)
         self._transport.flush()
         left = self._mailbox.left(run)
+        self._idle_since = perf_counter()
         assert not left, f"rank {self.rank} ended a step without taking {left}"
 
     def _take(self, run: int, key: ValueKey, action: Action) -> Any:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
@@ -16,7 +17,7 @@ from torch.utils import _pytree as pytree
 from modelpar.capture import sequential
 from modelpar.capture.cut import cut_stage
 from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
-from modelpar.errors import ConfigError, NonFiniteLoss, RunError
+from modelpar.errors import CaptureError, ConfigError, ModelparError, NonFiniteLoss, RunError
 from modelpar.planning.graph import BATCH, StageGraph
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
@@ -89,22 +90,23 @@ class Pipeline:
         self._workers: Workers | None = None
         self._exits = ExitStack()
         self._step = 0
-        self._model_names: list[str] = []
+        self._under_way: deque[_Submitted] = deque()
+        self._model_shapes: dict[str, torch.Size | None] = {}
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
         model = self._objective.build(self._settings.seed)
         self._plan.check_model(sequential.structure(model))
         assert isinstance(model, nn.Sequential)
-        self._model_names = list(model.state_dict())
+        self._model_shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
         with ExitStack() as exits:
             self._workers = self._given_workers or exits.enter_context(Workers(self._plan.num_ranks))
             self._number = self._workers.next_number()
-            setup = wire.ship((self._plan, self._settings))
+            setup = _ship("the plan, the optimizer or the learning-rate schedule", (self._plan, self._settings))
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
-                programs = [wire.ship(cut_stage(model, self._objective.loss, self._plan, stage)) for stage in stages]
+                programs = [self._program(model, stage) for stage in stages]
                 tickets.append(self._command(rank, "load", setup=setup, programs=programs))
             self._workers.wait_replies(tickets)
             self._exits = exits.pop_all()
@@ -117,6 +119,10 @@ class Pipeline:
         try:
             if error is None:
                 self._ask_all("unload")
+            elif self._given_workers is not None:  # they may go on with another pipeline, if they still run
+                with suppress(ModelparError):
+                    for rank in range(self._plan.num_ranks):
+                        self._command(rank, "unload")
         finally:
             self._exits.__exit__(kind, error, traceback)
             self._workers = None
@@ -169,9 +175,9 @@ class Pipeline:
         run, sizes, tickets = self._start("predict", (inputs, None), step=0)
         last = self._plan.num_stages - 1
         keys = [ValueKey("value", "output", i, last, BATCH) for i in range(len(sizes))]
+        self._merged(tickets)
         assert self._workers
         outputs = [wire.unpack(self._workers.wait((run, key)), torch.device("cpu")) for key in keys]
-        self._merged(tickets)
         return _join(outputs, sizes, self._objective.batch_dim)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -181,15 +187,19 @@ class Pipeline:
             found |= state
         for tie in self._plan.graph.tied:
             found |= dict.fromkeys(tie.names, found[tie.names[0]])
-        return {name: found[name] for name in self._model_names}
+        return {name: found[name] for name in self._model_shapes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Loads weights and buffers by the unsplit model's keys; raises ConfigError for missing or unknown ones."""
-        missing, unknown = set(self._model_names) - set(state), set(state) - set(self._model_names)
+        """Loads weights and buffers by the unsplit model's keys; raises ConfigError for keys or shapes that differ."""
+        missing, unknown = set(self._model_shapes) - set(state), set(state) - set(self._model_shapes)
         if missing or unknown:
             raise ConfigError(
                 f"the state does not fit the model: missing {sorted(missing)[:5]}, unknown {sorted(unknown)[:5]}"
             )
+        for name, shape in self._model_shapes.items():
+            found = getattr(state[name], "shape", None)
+            if found != shape:
+                raise ConfigError(f"the state's {name} has shape {list(found or [])}; expected {list(shape or [])}")
         self._ask_all("load_state_dict", state=state)
 
     def _submit(self, batch: Batch, data_wait: float) -> _Submitted:
@@ -198,7 +208,9 @@ class Pipeline:
         step = self._step
         run, sizes, tickets = self._start("train", batch, step, data_wait)
         self._step += 1
-        return _Submitted(step, run, tickets, batch, sizes)
+        submitted = _Submitted(step, run, tickets, batch, sizes)
+        self._under_way.append(submitted)
+        return submitted
 
     def _start(
         self, mode: str, batch: Batch, step: int, data_wait: float = 0.0
@@ -207,13 +219,14 @@ class Pipeline:
         inputs, targets = _checked(batch)
         dim = self._objective.batch_dim
         sizes = tuple(microbatch_sizes(batch_size(inputs, dim), self._plan.num_microbatches))
+        pieces = split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim)
         run = self._need_workers().next_number()
         context = RunContext(mode, step, sizes)
         tickets = [
             self._command(rank, "run", run=run, context=context, data_wait=data_wait)
             for rank in range(self._plan.num_ranks)
         ]
-        self._feed(run, split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim), mode)
+        self._feed(run, *pieces, mode)
         return run, sizes, tickets
 
     def _feed(self, run: int, inputs: list[Any], targets: list[Any], mode: str) -> None:
@@ -228,8 +241,16 @@ class Pipeline:
                         self._workers.send(rank, (run, key), given[value.name][i])
 
     def _collect(self, submitted: _Submitted) -> StepResult:
+        """Waits for a step, and before it for earlier ones that nobody collected, such as after leaving `steps`."""
+        while self._under_way and self._under_way[0] is not submitted:
+            self._finish(self._under_way[0])
+        return self._finish(submitted)
+
+    def _finish(self, submitted: _Submitted) -> StepResult:
+        self._under_way.popleft()
         reply = self._merged(submitted.tickets)
         if not reply["finite"]:
+            self._under_way.clear()  # the ranks skip what was under way behind it
             raise self._explain_nonfinite(submitted, reply.get("nonfinite", [0]))
         return StepResult(
             step=submitted.step,
@@ -254,7 +275,7 @@ class Pipeline:
         tickets = [self._command(rank, "run", run=run, context=context, data_wait=0.0) for rank in ranks]
         self._feed(run, [inputs], [targets], "locate")
         found: dict[int, str] = {}
-        for reply in self._need_workers().wait_replies(tickets):
+        for reply in self._need_workers().wait_replies(tickets, step=True):
             found |= reply["nonfinite"]
         where = (
             f"the first to go wrong is {found[min(found)]} on stage {min(found)}" if found else "no layer's output is"
@@ -267,12 +288,17 @@ class Pipeline:
     def _merged(self, tickets: list[tuple[int, int]]) -> dict[str, Any]:
         """Waits for all ranks and joins what they replied."""
         merged: dict[str, Any] = {"spans": [], "peak_bytes": [], "finite": True, "grad_norm": None, "lr": None}
-        for reply in self._need_workers().wait_replies(tickets):
+        for reply in self._need_workers().wait_replies(tickets, step=True):
             merged["spans"] += reply.pop("spans", [])
             merged["peak_bytes"].append(reply.pop("peak_bytes", 0))
             merged["finite"] &= reply.pop("finite", True)
             merged |= {name: value for name, value in reply.items() if value is not None}
         return merged
+
+    def _program(self, model: nn.Sequential, stage: int) -> wire.Parcel:
+        names = [self._plan.graph.layers[i].name for i in self._plan.partition.layers(stage)]
+        what = f"stage {stage} ({names[0]} … {names[-1]})"
+        return _ship(what, cut_stage(model, self._objective.loss, self._plan, stage))
 
     def _graph(self) -> StageGraph:
         return self._plan.stage_graph
@@ -289,6 +315,13 @@ class Pipeline:
         self._need_workers()
         tickets = [self._command(rank, name, **arguments) for rank in range(self._plan.num_ranks)]
         return self._need_workers().wait_replies(tickets)
+
+
+def _ship(what: str, obj: Any) -> wire.Parcel:
+    try:
+        return wire.ship(obj)
+    except CaptureError as error:
+        raise CaptureError(f"{what} {error}") from error
 
 
 def _checked(batch: Any) -> Batch:

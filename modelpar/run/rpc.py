@@ -5,13 +5,16 @@ A message is one `rpc_async` of `_deliver`, which files the value in the receive
 
 from __future__ import annotations
 
+import ctypes
 import os
 import socket
+import sys
 import warnings
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
@@ -21,11 +24,13 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 
 from modelpar.errors import ConfigError, RunError
 from modelpar.run import wire
-from modelpar.run.transport import CONTROLLER, Mailbox
+from modelpar.run.transport import CONTROLLER, Mailbox, Unreachable
 
 HOST = "127.0.0.1"
 _START_SECONDS = 300
 _STOP_SECONDS = 5
+_ERROR = 2
+"""The C++ log level above warnings."""
 _NEVER = 0.0
 """No time-out: a lost process is found by its supervisor, not by a slow message."""
 
@@ -38,8 +43,12 @@ def _deliver(key: tuple[Any, ...], value: Any) -> None:
         _mailbox.put(key, value)
 
 
-def _name(rank: int) -> str:
-    return "controller" if rank == CONTROLLER else f"rank{rank}"
+def require_no_group() -> None:
+    """Raises RunError where this process already is part of a group: RPC allows one per process."""
+    if _mailbox is not None:
+        raise RunError(
+            "this process already has workers over RPC; expected one `Workers` at a time: leave its block first"
+        )
 
 
 def listen(port: int) -> tuple[TCPStore, int]:
@@ -86,12 +95,12 @@ class RpcTransport:
 
     pack = staticmethod(wire.pack)
 
-    def __init__(self, rank: int, num_ranks: int, port: int, mailbox: Mailbox):
+    def __init__(self, rank: int, num_ranks: int, group: str, port: int, mailbox: Mailbox):
         global _mailbox
-        if _mailbox is not None:
-            raise RunError(
-                "this process already has workers over RPC; expected one `Workers` at a time: leave its block first"
-            )
+        require_no_group()
+        self._group = group
+        """Part of all names: RPC counts what was done under a name, which a new process would never catch up with."""
+        self._log_level = _set_log_level(_ERROR)
         self._pending: deque[torch.futures.Future[None]] = deque()
         _mailbox = mailbox
         size, number = num_ranks + 1, rank + 1  # the controller is number 0
@@ -103,11 +112,13 @@ class RpcTransport:
             _channels=["cma", "basic"],
         )
         try:
+            rpc._init_counter = 0  # type: ignore[attr-defined]  # a prefix of all keys: new processes start there too
             with _loopback(), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message=".*[Gg]loo.*")
-                rpc.init_rpc(_name(rank), rank=number, world_size=size, rpc_backend_options=options)
+                rpc.init_rpc(self._name(rank), rank=number, world_size=size, rpc_backend_options=options)
         except BaseException:
             _mailbox = None
+            _set_log_level(self._log_level)
             raise
 
     def send(self, to: int, key: tuple[Any, ...], value: Any) -> None:
@@ -115,13 +126,13 @@ class RpcTransport:
         while self._pending and self._pending[0].done():
             self._check(self._pending.popleft())
         try:
-            self._pending.append(rpc.rpc_async(_name(to), _deliver, (key, value), timeout=_NEVER))
+            self._pending.append(rpc.rpc_async(self._name(to), _deliver, (key, value), timeout=_NEVER))
         except RuntimeError as error:
-            raise ConnectionError(f"cannot reach {_name(to)}: {error}") from error
+            raise Unreachable(f"cannot reach {self._name(to)}: {error}") from error
 
     def beat(self, key: tuple[Any, ...], value: Any) -> None:
         """Sends a sign of life to the controller from any thread, without looking after it."""
-        rpc.rpc_async(_name(CONTROLLER), _deliver, (key, value), timeout=_NEVER)
+        rpc.rpc_async(self._name(CONTROLLER), _deliver, (key, value), timeout=_NEVER)
 
     def flush(self) -> None:
         """Waits for all sends; see `Transport.flush`."""
@@ -133,7 +144,10 @@ class RpcTransport:
         try:
             future.wait()
         except RuntimeError as error:
-            raise ConnectionError(f"a message was not delivered: {error}") from error
+            raise Unreachable(f"a message was not delivered: {error}") from error
+
+    def _name(self, rank: int) -> str:
+        return f"controller-{self._group}" if rank == CONTROLLER else f"rank{rank}-{self._group}"
 
     def close(self, *, together: bool) -> None:
         """Leaves: together with the others, which must do so too within seconds, or without waiting for them."""
@@ -143,6 +157,23 @@ class RpcTransport:
             rpc.shutdown(graceful=together, timeout=_STOP_SECONDS)
         except RuntimeError:  # one of the others is gone
             rpc.shutdown(graceful=False)
+        _set_log_level(self._log_level)
+
+
+def _set_log_level(level: int) -> int:
+    """Sets torch's C++ log level and returns the one before.
+
+    TensorPipe warns of every peer that goes, in a process that has done nothing wrong; the supervisor says why it went.
+    Torch reads the level from TORCH_CPP_LOG_LEVEL when it is imported and has no other switch.
+    """
+    suffix = "dylib" if sys.platform == "darwin" else "so"
+    try:
+        library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / f"libc10.{suffix}"))
+        flag = ctypes.c_int.in_dll(library, "FLAGS_caffe2_log_level")
+    except (OSError, ValueError):  # another build of torch: then it warns
+        return level
+    before, flag.value = flag.value, level
+    return before
 
 
 @contextmanager

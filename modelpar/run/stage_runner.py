@@ -123,12 +123,13 @@ class StageRunner:
     def keep_buffers(self) -> None:
         """Remembers the buffers that forward writes to, so that a step that fails can be undone.
 
-        A buffer counts as written once it was replaced or its version has changed; before the first step every one is
-        remembered.
+        Before the first step every one is remembered. One counts as written once the first step has changed its value
+        (batch normalisation does not count up versions), or any step its version, or has replaced it.
         """
         buffers = dict(self.program.module.named_buffers())
         for name, (buffer, version) in self._seen.items():
-            if buffers[name] is not buffer or buffer._version != version:
+            same = buffers[name] is buffer and buffer._version == version
+            if not same or (name in self._kept and not torch.equal(buffer, self._kept[name])):
                 self._written.add(name)
         kept = self._written if self._seen else buffers
         self._kept = {name: buffers[name].clone() for name in kept}

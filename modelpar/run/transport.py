@@ -17,6 +17,10 @@ CONTROLLER = -1
 """The address of the process that runs the user's code."""
 
 
+class Unreachable(ConnectionError):
+    """Reports a rank that a value did not reach, mostly because it has ended."""
+
+
 class Mailbox:
     """Values by key, each put once and taken once. One thread takes; any thread puts."""
 
@@ -89,10 +93,10 @@ class Transport(Protocol):
         """Returns a pytree of tensors as it should be sent; `wire.unpack` makes it whole on the other side."""
 
     def send(self, to: int, key: tuple[Any, ...], value: Any) -> None:
-        """Starts sending a value; raises ConnectionError if an earlier send is known to have failed."""
+        """Starts sending a value; raises Unreachable if an earlier send is known to have failed."""
 
     def flush(self) -> None:
-        """Waits until everything sent has arrived; raises ConnectionError where something did not."""
+        """Waits until everything sent has arrived; raises Unreachable where something did not."""
 
 
 class ThreadTransport:

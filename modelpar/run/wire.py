@@ -12,19 +12,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modelpar.errors import CaptureError
+
+ALIGNMENT = 64
+"""Bytes to which torch aligns new memory on the CPU, and the widest vectors."""
+
 
 @dataclass(slots=True)
 class _Packed:
-    """A tensor as the exact window of storage it spans, with its shape and strides (strides change bits)."""
+    """A tensor as the window of storage it spans, with its shape, strides and place in a vector: all change bits."""
 
     window: Tensor
     shape: tuple[int, ...]
     stride: tuple[int, ...]
+    offset: int
+    """Where in the window the tensor begins, less than ALIGNMENT bytes."""
     requires_grad: bool
 
 
 def pack(tree: Any) -> Any:
-    """Returns a pytree fit for the wire: detached tensors on the CPU, no larger than what they span."""
+    """Returns a pytree fit for the wire: detached tensors on the CPU, hardly larger than what they span."""
     return pytree.tree_map_only(Tensor, _pack, tree)
 
 
@@ -42,20 +49,35 @@ def _pack(tensor: Tensor) -> _Packed | Tensor:
     flat = tensor.detach()
     if flat.layout is not torch.strided:
         return flat.cpu()
-    shape, stride = tuple(flat.shape), tuple(flat.stride())
-    span = 1 + sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if flat.numel() else 0
-    window = flat.as_strided((span,), (1,), flat.storage_offset())
-    if flat.device.type != "cpu":
-        window = window.cpu()
-    elif window.untyped_storage().nbytes() > span * window.element_size():
-        window = window.clone()
-    return _Packed(window, shape, stride, tensor.requires_grad)
+    window, offset = _window(flat)
+    return _Packed(window, tuple(flat.shape), tuple(flat.stride()), offset, tensor.requires_grad)
+
+
+def _window(tensor: Tensor, copy: bool = False) -> tuple[Tensor, int]:
+    """Returns what a tensor spans of its storage, as a vector on the CPU with memory of its own, and its offset there.
+
+    The offset places the tensor relative to vectors of 64 bytes as it was: matrix products round otherwise where rows
+    begin elsewhere, as those of a micro-batch cut out of a batch do.
+    """
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    span = 1 + sum((n - 1) * s for n, s in strides) if tensor.numel() else 0
+    offset = tensor.data_ptr() % ALIGNMENT // tensor.element_size() if span else 0
+    start = tensor.storage_offset() - offset
+    if start < 0:  # memory that torch did not allocate
+        window = tensor.new_zeros(offset + span, device="cpu")
+        window[offset:] = tensor.as_strided((span,), (1,), tensor.storage_offset())
+        return window, offset
+    window = tensor.as_strided((offset + span,), (1,), start)
+    if tensor.device.type != "cpu":
+        return window.cpu(), offset
+    whole = window.untyped_storage().nbytes() == window.numel() * window.element_size()
+    return (window if whole and not copy else window.clone()), offset
 
 
 def _unpack(leaf: _Packed | Tensor, device: torch.device) -> Tensor:
     if isinstance(leaf, Tensor):
         return leaf if leaf.device == device else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
-    tensor = leaf.window.to(device).as_strided(leaf.shape, leaf.stride)
+    tensor = leaf.window.to(device).as_strided(leaf.shape, leaf.stride, leaf.offset)
     return tensor.requires_grad_(leaf.requires_grad)
 
 
@@ -104,10 +126,19 @@ class Parcel:
 
 
 def ship(obj: Any) -> Parcel:
-    """Packs an object, classes defined in a notebook or script included."""
+    """Packs an object, classes defined in a notebook or script included.
+
+    Raises CaptureError where it holds something that cannot be pickled.
+    """
     file = io.BytesIO()
     pickler = _Pickler(file)
-    pickler.dump(obj)
+    try:
+        pickler.dump(obj)
+    except Exception as error:  # whatever a user's class raises
+        reason = " ".join(str(error).split())
+        raise CaptureError(
+            f"cannot be sent to the workers: {type(error).__name__}: {reason}; expected what cloudpickle can pickle"
+        ) from error
     return Parcel(file.getvalue(), [_exact(tensor) for tensor in pickler.tensors])
 
 
@@ -117,5 +148,8 @@ def receive(parcel: Parcel) -> Any:
 
 
 def _exact(tensor: Tensor) -> Tensor:
-    """Returns a copy of its own memory, with the same strides, so that neither side sees the other write."""
-    return tensor.cpu().clone() if tensor.device.type == "cpu" else tensor.cpu()
+    """Returns a copy in memory of its own, laid out in the same way, so that neither side sees the other write."""
+    if tensor.layout is not torch.strided:
+        return tensor.cpu().clone()
+    window, offset = _window(tensor, copy=True)
+    return window.as_strided(tensor.shape, tensor.stride(), offset)

@@ -15,7 +15,7 @@ from modelpar.run import wire
 from modelpar.run.executor import Executor, Settings
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
-from modelpar.run.transport import CONTROLLER, Mailbox, Transport
+from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 
 
 class Closed(Exception):
@@ -104,5 +104,5 @@ class Worker:
         if executor and action:
             where.append(executor.describe(action, error))
         text = "".join(traceback.format_exception(error))
-        secondary = isinstance(error, ConnectionError)
+        secondary = isinstance(error, Unreachable)
         return Failure(self.rank, f"{type(error).__name__}: {error}", ", ".join(where), text, secondary)

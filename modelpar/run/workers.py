@@ -12,7 +12,7 @@ from modelpar.run.launch.base import Launch
 from modelpar.run.launch.local import ProcessLaunch
 from modelpar.run.launch.threads import ThreadLaunch
 from modelpar.run.supervisor import Supervisor
-from modelpar.run.transport import Mailbox, Transport
+from modelpar.run.transport import Mailbox, Transport, Unreachable
 
 TRANSPORTS = ("rpc", "threads")
 
@@ -27,7 +27,7 @@ class Workers:
 
     `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of
     this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one
-    command, such as a step, may take, by default any time. `port` is where processes meet on the loopback interface; 0
+    batch may take, by default any time. `port` is where processes meet on the loopback interface; 0
     picks a free one.
 
     Raises ConfigError for arguments that cannot be used, before anything is started.
@@ -67,7 +67,7 @@ class Workers:
         if self._kind == "threads":
             self._launch = ThreadLaunch(self.num_ranks, self._mailbox)
         else:
-            beat = min(1.0, self._heartbeat_timeout / 4)
+            beat = min(1.0, self._heartbeat_timeout / 4, (self._step_timeout or 4.0) / 4)
             self._launch = ProcessLaunch(self.num_ranks, self._mailbox, self._port, beat)
         self._supervisor.watch(self._launch)
         return self
@@ -105,7 +105,7 @@ class Workers:
         number = next(self._commands[rank])
         try:
             self.transport.send(rank, ("command", number), (name, arguments))
-        except ConnectionError as error:
+        except Unreachable as error:
             self._wait_cause(error)
         return rank, number
 
@@ -113,16 +113,17 @@ class Workers:
         """Sends a pytree of tensors to a rank."""
         try:
             self.transport.send(rank, key, self.transport.pack(tree))
-        except ConnectionError as error:
+        except Unreachable as error:
             self._wait_cause(error)
 
     def wait(self, key: tuple[Any, ...]) -> Any:
         """Waits for a value sent to the controller; raises what ended the workers, if something does."""
         return self._mailbox.wait(key)
 
-    def wait_replies(self, tickets: list[tuple[int, int]]) -> list[Any]:
-        """Waits for replies; raises StepTimeout, saying what every rank waits for, after step_timeout."""
-        deadline = None if self._step_timeout is None else time.monotonic() + self._step_timeout
+    def wait_replies(self, tickets: list[tuple[int, int]], *, step: bool = False) -> list[Any]:
+        """Waits for replies; a step may take step_timeout, then StepTimeout says what every rank waits for."""
+        limit = self._step_timeout if step else None
+        deadline = None if limit is None else time.monotonic() + limit
         replies = []
         for ticket in tickets:
             if not self._mailbox.wait_for(("reply", *ticket), deadline):
@@ -137,7 +138,7 @@ class Workers:
         """Ends all ranks; every wait raises the error."""
         self._supervisor.fail(error)
 
-    def _wait_cause(self, error: ConnectionError) -> None:
+    def _wait_cause(self, error: Unreachable) -> None:
         """Raises why a rank cannot be reached: the supervisor is about to find out."""
         self._mailbox.wait(("never",))
         raise AssertionError from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import signal
 import subprocess
 import sys
@@ -31,18 +32,17 @@ class ProcessLaunch:
     """
 
     def __init__(self, num_ranks: int, controller: Mailbox, port: int, heartbeat_seconds: float):
+        rpc.require_no_group()
         self._store, port = rpc.listen(port)
-        config = {"num_ranks": num_ranks, "port": port, "heartbeat_seconds": heartbeat_seconds, "path": sys.path}
+        group = secrets.token_hex(4)
+        config = {"num_ranks": num_ranks, "group": group, "port": port, "path": sys.path}
+        config["heartbeat_seconds"] = heartbeat_seconds
         # a new session, so that Ctrl-C reaches only the controller, which then ends the workers in order
         self._processes = [
             subprocess.Popen(
                 [sys.executable, "-c", "from modelpar.run.launch.local import main; main()"],
                 stdin=subprocess.PIPE,
-                env={
-                    **os.environ,
-                    "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-                    "TORCH_CPP_LOG_LEVEL": "ERROR",  # torch warns of every peer that goes; the supervisor says why
-                },
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,
             )
             for _ in range(num_ranks)
@@ -53,7 +53,7 @@ class ProcessLaunch:
                 process.stdin.write(json.dumps({**config, "rank": rank}).encode() + b"\n")
                 process.stdin.flush()
             self._wait_until_ready()
-            self.transport = rpc.RpcTransport(CONTROLLER, num_ranks, port, controller)
+            self.transport = rpc.RpcTransport(CONTROLLER, num_ranks, group, port, controller)
         except BaseException:
             self._end(signal.SIGKILL)
             raise
@@ -125,7 +125,7 @@ def main() -> None:
     Thread(target=_exit_with_controller, daemon=True).start()
     mailbox = Mailbox()
     rpc.connect(config["port"]).set(f"ready/{rank}", b"")
-    transport = rpc.RpcTransport(rank, num_ranks, config["port"], mailbox)
+    transport = rpc.RpcTransport(rank, num_ranks, config["group"], config["port"], mailbox)
     worker = Worker(rank, mailbox, transport)
     _warm_up()
     stopped = Event()

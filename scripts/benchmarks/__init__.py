@@ -1,0 +1,1 @@
+"""What scripts/bench measures, one section per file, on top of rounds, hosts and statistics of their own."""

@@ -1,0 +1,124 @@
+"""Step time: modelpar against torch's pipelines, the unsplit model and the ideal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from benchmarks import stats, tasks
+from benchmarks.contenders import Lap
+from benchmarks.fleet import TRANSPORTS, Fleet
+from benchmarks.markdown import table
+from benchmarks.options import Options
+from benchmarks.rounds import Rounds, interleave
+from benchmarks.tasks import SCHEDULES, Task
+from modelpar.planning.plan import Plan
+
+UNSPLIT = ("unsplit 1 thread", "unsplit all threads")
+TASKS: dict[str, Task] = {"gpt": tasks.gpt, "mlp": tasks.mlp, "convnet": tasks.convnet}
+
+TEXT = """\
+Each contender trains on the same batch with the same layers, AdamW, and one thread per rank; modelpar and torch have the
+same stages and micro-batches. In every round each contender gets one turn, in random order, while the others wait; a turn is
+some steps in a row, of which the first does not count. Cells are medians over rounds with their quartiles; ratios are
+made within a round. *Ideal* is max over stages (compute + optimizer) × (m + s − 1) / m of the contender's own spans
+during which all ranks compute; with more ranks than cores it says nothing and is left out. modelpar also
+sends every batch from the controller, computes the gradient norm and checks the loss; torch's ranks have the batch already."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row: a model, split in so many stages, with so many micro-batches."""
+
+    model: str
+    num_stages: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a case gave."""
+
+    case: Case
+    plan: Plan
+    rounds: Rounds[Lap]
+
+
+def cases(quick: bool) -> list[Case]:
+    """Returns what is measured, by number of stages, since each number needs processes of its own."""
+    if quick:
+        return [*(Case(model, 2, 8) for model in TASKS), Case("gpt", 4, 8)]
+    return [Case(model, 2, m) for model in TASKS for m in (4, 8, 16)] + [Case(model, 4, 8) for model in TASKS]
+
+
+def run(options: Options) -> str:
+    """Measures all cases; returns their tables."""
+    measured = []
+    chosen = cases(options.quick)
+    for num_stages in dict.fromkeys(case.num_stages for case in chosen):
+        with Fleet(num_stages) as fleet:
+            for case in chosen:
+                if case.num_stages == num_stages:
+                    options.say(f"step time: {case.model}, {num_stages} stages, m = {case.num_microbatches}")
+                    measured.append(_measure(fleet, case, options.rounds(full=30, quick=3)))
+    return "\n\n".join([TEXT, _seconds_table(measured), _ratio_table(measured, options.num_cores)])
+
+
+def _measure(fleet: Fleet, case: Case, rounds: int) -> Measured:
+    plans = tasks.plans(TASKS[case.model], case.num_stages, case.num_microbatches)
+    fleet.load(TASKS[case.model], plans)
+    return Measured(case, plans["gpipe"], interleave(fleet.turns(), rounds))
+
+
+def _seconds_table(measured: list[Measured]) -> str:
+    pipelines = [f"{name} {schedule}" for name in (*TRANSPORTS, "torch") for schedule in SCHEDULES]
+    head = ["model, stages, m", "balance", "MB per cut", *pipelines, *UNSPLIT, "rounds"]
+    rows = []
+    for each in measured:
+        cells = [stats.text(each.rounds.summary(_seconds(name)), 1, 1e3) for name in (*pipelines, *UNSPLIT)]
+        balance = "-".join(map(str, each.plan.partition.balance))
+        rows.append([_name(each.case), balance, f"{tasks.cut_bytes(each.plan) / 1e6:.2f}", *cells, each.rounds.note])
+    return "Milliseconds per step\n\n" + table(head, rows)
+
+
+def _ratio_table(measured: list[Measured], num_cores: int) -> str:
+    head = ["model, stages, m", "schedule", "ideal / rpc", "rpc / torch"]
+    head += [f"rpc / {name}" for name in UNSPLIT]
+    head += ["rpc / threads", "ideal / threads", "threads / torch", *(f"threads / {name}" for name in UNSPLIT)]
+    rows = []
+    for each in measured:
+        for schedule in SCHEDULES:
+
+            def ratio(over: str, under: str, each: Measured = each) -> str:
+                return stats.text(each.rounds.summary(_ratio(over, under)))
+
+            def ideal(transport: str, each: Measured = each, schedule: str = schedule) -> str:
+                if each.case.num_stages > num_cores:
+                    return "–"
+                return stats.text(each.rounds.summary(_ideal(f"{transport} {schedule}", each.case.num_microbatches)))
+
+            rpc, threads, torch = (f"{name} {schedule}" for name in ("rpc", "threads", "torch"))
+            cells = [ideal("rpc"), ratio(rpc, torch), *(ratio(rpc, name) for name in UNSPLIT), ratio(rpc, threads)]
+            cells += [ideal("threads"), ratio(threads, torch), *(ratio(threads, name) for name in UNSPLIT)]
+            rows.append([_name(each.case), schedule, *cells])
+    return "Ratios of step times, within a round\n\n" + table(head, rows)
+
+
+def _name(case: Case) -> str:
+    return f"{case.model}, {case.num_stages}, {case.num_microbatches}"
+
+
+def _seconds(name: str) -> Callable[[Mapping[str, Lap]], float]:
+    return lambda laps: stats.step_seconds(laps[name].ends)
+
+
+def _ratio(over: str, under: str) -> Callable[[Mapping[str, Lap]], float]:
+    return lambda laps: stats.step_seconds(laps[over].ends) / stats.step_seconds(laps[under].ends)
+
+
+def _ideal(name: str, num_microbatches: int) -> Callable[[Mapping[str, Lap]], float | None]:
+    def share(laps: Mapping[str, Lap]) -> float | None:
+        ideal = stats.ideal_seconds(laps[name].timelines, num_microbatches)
+        return None if ideal is None else ideal / stats.step_seconds(laps[name].ends)
+
+    return share
