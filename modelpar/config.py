@@ -36,6 +36,7 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(_explain(error, name, overrides)) from error
     except ValueError as error:  # Hydra's own, for an override without a name
         raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
+    _check_sections(config, plain)
     _check_types(checked(config), plain)
     return config
 
@@ -159,6 +160,17 @@ _REQUIRED: dict[str, type] = {"partition.balance": ListConfig, "data.path": str,
 """The types of what has no default."""
 
 
+def _check_sections(config: DictConfig, plain: DictConfig, prefix: str = "") -> None:
+    """Raises ConfigError where a value took the place of a section."""
+    for name in plain:
+        section = plain._get_node(name)
+        if isinstance(section, DictConfig) and name in config:
+            key, found = f"{prefix}{name}", config[name]
+            if not isinstance(found, DictConfig):
+                raise ConfigError(f"{key} is {found}; expected {key}.… with one of {', '.join(map(str, section))}")
+            _check_sections(found, section, f"{key}.")
+
+
 def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> None:
     """Raises ConfigError where a value has another type than the one it replaces, or is not there, or is one more.
 
@@ -175,8 +187,6 @@ def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> Non
             continue
         default, found = plain._get_node(name), config[name]
         if isinstance(default, DictConfig):
-            if not isinstance(found, DictConfig):
-                raise ConfigError(f"{key} is {found}; expected {key}.… with one of {', '.join(map(str, default))}")
             _check_types(found, default, f"{key}.")
         else:
             _check_type(key, found, _NULLABLE.get(key) or _REQUIRED.get(key) or type(plain[name]))

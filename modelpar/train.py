@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import shlex
 import signal
 import time
@@ -35,6 +36,9 @@ from modelpar.task import Task, task_of
 SCHEMA_VERSION = 1
 _WARMUP_STEPS = 3
 """Steps at the beginning that do not count towards the measured step time, where there are more."""
+
+
+_STOPPING = b"modelpar: stopping after the step under way; once more ends it at once\n"
 
 
 @dataclass
@@ -152,6 +156,7 @@ def _stop_between_steps() -> Iterator[list[int]]:
     def note(number: int, frame: Any) -> None:
         asked.append(number)
         signal.signal(number, before[number])
+        os.write(2, _STOPPING)  # print could be interrupted while it prints
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:

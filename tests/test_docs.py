@@ -4,15 +4,20 @@ import argparse
 import doctest
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from itertools import zip_longest
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import ROOT
+from safetensors.torch import load_file
 
+from modelpar import cli
 from modelpar import config as configs
 
 PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -52,13 +57,16 @@ def test_the_ten_lines_run(tmp_path):
     assert 0 < loss < before
 
 
-def test_the_code_that_loads_weights_runs(tmp_path):
+def test_the_code_that_loads_weights_runs(tmp_path, monkeypatch):
     _, load = blocks(ROOT / "README.md", "python")
-    train = ["-m", "modelpar.cli", "train", "transport=threads", "training.steps=1", "training.eval_samples=1"]
-    small = ["model=mlp", "model.width=8", "model.depth=2", "pipeline.profile=flops", "training.eval_every=0"]
-    run_python([*train, *small, "output.name=my_run"], tmp_path)
-    (tmp_path / "load.py").write_text(load.replace("mlp.build()", "mlp.build(width=8, depth=2)"))
-    run_python(["-W", "error", "load.py"], tmp_path)
+    monkeypatch.chdir(tmp_path)
+    small = ["model=mlp", "model.width=8", "model.depth=2", "pipeline.profile=flops", "training.eval_samples=1"]
+    cli.main(["train", "transport=threads", "training.steps=1", *small, "output.name=my_run"])
+    loaded = {}
+    exec(load.replace("mlp.build()", "mlp.build(width=8, depth=2)"), loaded)
+    saved = load_file(tmp_path / "runs" / "my_run" / "weights.safetensors")
+    assert saved
+    assert all(torch.equal(loaded["model"].state_dict()[name], value) for name, value in saved.items())
 
 
 def test_the_commands_of_the_readme_are_real():
@@ -69,18 +77,18 @@ def test_the_commands_of_the_readme_are_real():
 
 
 def test_a_command_that_does_not_exist_is_found():
-    for line in ("modelpar trane", "modelpar train model=mpl", "scripts/tests", "modelpar compare partition=a,b", "ls"):
-        with pytest.raises((ValueError, AssertionError)):
+    wrong = ["modelpar trane", "modelpar train model=mpl", "scripts/tests", "modelpar compare partition=a,b", "ls"]
+    for line in [*wrong, "modelpar train -m model=gpt,mpl", "modelpar train training.stepz=3", "modelpar view"]:
+        with pytest.raises((ValueError, AssertionError, argparse.ArgumentError, SystemExit)):
             check_command(line.split())
 
 
 def check_command(words: list[str]) -> None:
-    if words[:2] == [".", ".venv/bin/activate"]:
+    """Raises unless a script or a command with such overrides exists; starts nothing."""
+    if words == [".", ".venv/bin/activate"]:
         return
     if words[0].startswith("scripts/"):
         assert os.access(ROOT / words[0], os.X_OK), words
-        words = ["modelpar", "train", *words[1:]] if words[0] == "scripts/train" else ["pytest"]
-    if words[0] == "pytest":
         return
     assert words[0] == "modelpar", words
     command, *rest = words[1:]
@@ -89,14 +97,13 @@ def check_command(words: list[str]) -> None:
         parser.add_argument("paths", nargs="+")
         parser.add_argument("--port", type=int)
         parser.parse_args(rest)
-    elif command == "compare":
-        for choices in configs.parse_lists(rest):
-            for override in choices:
-                configs.load("compare", [override])  # each by itself: together they are many
+    elif command == "compare" or rest[:1] == ["-m"]:
+        lists = configs.parse_lists([word for word in rest if word != "-m"])
+        for overrides in zip_longest(*lists):  # every choice once; together they are many
+            configs.load(command, [override for override in overrides if override])
     else:
         assert command in ("train", "simulate"), words
-        if rest != ["--help"]:
-            configs.load(command, rest)
+        configs.load(command, rest)
 
 
 # --- docs/extending.md --------------------------------------------------------------------------------------------
@@ -119,16 +126,27 @@ def test_every_block_of_extending_belongs_to_a_file():
     assert len(files_in(page)) == len(blocks(page, "python")) + len(blocks(page, "yaml"))
 
 
-@pytest.mark.parametrize("words", commands(ROOT / "docs" / "extending.md"), ids=" ".join)
-def test_a_command_of_extending_runs(extended, words):
-    shown = run_python(["-W", "error", "-m", "modelpar.cli", *words[1:]], extended, PYTHONPATH=str(extended))
-    assert "modelpar view" in shown or "bubble" in shown
+RUN_ALL = """
+import runpy, sys
+from modelpar import cli
+for file in FILES:
+    runpy.run_path(file)
+for words in COMMANDS:
+    print("$", *words, flush=True)
+    cli.main(words)
+"""
 
 
-def test_the_python_of_extending_runs(extended):
-    for name in files_in(ROOT / "docs" / "extending.md"):
-        if name.endswith(".py"):
-            run_python(["-W", "error", name], extended, PYTHONPATH=str(extended))
+def test_the_files_and_commands_of_extending_run(extended):
+    """All in one process: a fresh one per command would import torch a dozen times."""
+    page = ROOT / "docs" / "extending.md"
+    files = [name for name in files_in(page) if name.endswith(".py")]
+    words = [words[1:] for words in commands(page)]
+    (extended / "run_all.py").write_text(RUN_ALL.replace("FILES", repr(files)).replace("COMMANDS", repr(words)))
+    shown = run_python(["-W", "error", "run_all.py"], extended, PYTHONPATH=str(extended))
+    assert len(files) >= 5
+    for printed in shown.split("\n$ "):
+        assert re.search(r"modelpar view|bubble", printed), printed
 
 
 # --- the other pages ----------------------------------------------------------------------------------------------
@@ -144,16 +162,17 @@ def test_the_split_model_of_the_example_has_the_same_bits(tmp_path):
     assert shown.endswith("the weights are equal to the bit\n")
 
 
-def test_the_what_if_example_runs(tmp_path):
-    shown = run_python(["-W", "error", str(ROOT / "docs" / "examples" / "what_if.py")], tmp_path)
+def test_the_what_if_example_runs(capsys):
+    runpy.run_path(str(ROOT / "docs" / "examples" / "what_if.py"))
+    shown = capsys.readouterr().out
     assert "one_f_one_b  8 micro-batches" in shown
     assert "rank 3 │" in shown
 
 
-def test_the_model_of_the_example_can_be_planned(tmp_path):
+def test_the_model_of_the_example_can_be_planned(capsys):
     factory = ROOT / "docs" / "examples" / "my_model.py"
-    words = ["simulate", "model=file", f"model.factory={factory}:build", "pipeline.num_ranks=3"]
-    assert "3 stages" in run_python(["-W", "error", "-m", "modelpar.cli", *words], tmp_path)
+    cli.main(["simulate", "model=file", f"model.factory={factory}:build", "pipeline.num_ranks=3"])
+    assert "3 stages" in capsys.readouterr().out
 
 
 def test_every_example_is_run_here():

@@ -108,8 +108,13 @@ def wait_gone(pids, seconds):
     return left
 
 
-def threads_of_ours():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("modelpar-")]
+def wait_threads_gone(seconds=2):
+    """Waits until the threads that modelpar started have ended; returns those that have not."""
+    deadline = time.monotonic() + seconds
+    ours = [thread for thread in threading.enumerate() if thread.name.startswith("modelpar-")]
+    for thread in ours:
+        thread.join(max(0, deadline - time.monotonic()))
+    return [thread.name for thread in ours if thread.is_alive()]
 
 
 # --- processes ------------------------------------------------------------------------------------------------------
@@ -178,7 +183,7 @@ def test_an_exception_in_a_layer_of_another_process(outcomes):
     found = outcomes["exception"]
     first, *rest = found["message"].splitlines()
     assert found["error"] == "StageError"
-    where = "rank 1 failed (stage 1, layer 2.body.1, action 1F2, micro-batch 2, input shapes [2, 8])"
+    where = "rank 1 failed (stage 1, layer 2.body.1, action 1F2, micro-batch 2, input shapes [2, 8] [2])"
     assert first == f"{where}: ZeroDivisionError: this layer divides by zero"
     assert rest[1] == "Traceback (most recent call last):"
     assert rest[-2].strip() == 'raise ZeroDivisionError("this layer divides by zero")'
@@ -243,19 +248,15 @@ def failing(objective, batches, *, optimizer=adamw, num_ranks=3, error=StageErro
         Pipeline(objective, plan, workers=workers, optimizer=optimizer) as pipeline,
     ):
         list(pipeline.steps(batches))
-    idle = threading.Event()
-    for _ in range(200):
-        if not threads_of_ours():
-            break
-        idle.wait(0.01)
     return str(caught.value).splitlines()[0]
 
 
 @pytest.fixture
 def no_shared_threads(shared_workers):
     """Ends the shared threads, so that a test can tell its own from them."""
-    shared_workers["threads"].close()
-    assert threads_of_ours() == []
+    for shared in shared_workers.values():
+        shared.close()
+    assert wait_threads_gone() == []
 
 
 @pytest.mark.usefixtures("no_shared_threads")
@@ -263,7 +264,7 @@ def test_an_exception_in_a_layer_of_a_thread():
     objective, good, bad = task(fail)
     where = "rank 1 failed (stage 1, layer 2.body.1, action 1F2, micro-batch 2, input shapes [2, 8])"
     assert failing(objective, [good, bad]) == f"{where}: ZeroDivisionError: this layer divides by zero"
-    assert threads_of_ours() == []
+    assert wait_threads_gone() == []
 
 
 def test_an_exception_of_a_layer_that_looks_like_a_lost_connection():
@@ -387,10 +388,7 @@ def test_an_error_of_the_user_ends_the_threads():
         Pipeline(objective, plan, workers=workers, optimizer=adamw) as pipeline,
     ):
         raise KeyError("mine", pipeline.step(good))
-    deadline = time.monotonic() + 2
-    for thread in threads_of_ours():
-        thread.join(deadline - time.monotonic())
-    assert threads_of_ours() == []
+    assert wait_threads_gone() == []
 
 
 @pytest.mark.parametrize("what", ["layer", "loss", "optimizer"])

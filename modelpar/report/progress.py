@@ -54,7 +54,3 @@ class TrainingProgress:
         self._heldout = f"  held-out {loss:.4f}"
         if not self._console.is_terminal:
             self._console.print(f"held-out loss {loss:.4f}", highlight=False)
-
-    def say(self, text: str) -> None:
-        """Prints a line above the bar."""
-        self._bar.console.print(text, highlight=False)

@@ -28,7 +28,6 @@ from modelpar.run.transport import CONTROLLER, Mailbox, Unreachable
 
 HOST = "127.0.0.1"
 _START_SECONDS = 300
-_STOP_SECONDS = 5
 _ERROR = 2
 """The C++ log level above warnings."""
 _NEVER = 0.0
@@ -149,14 +148,15 @@ class RpcTransport:
     def _name(self, rank: int) -> str:
         return f"controller-{self._group}" if rank == CONTROLLER else f"rank{rank}-{self._group}"
 
-    def close(self, *, together: bool) -> None:
-        """Leaves: together with the others, which must do so too within seconds, or without waiting for them."""
+    def close(self) -> None:
+        """Leaves without waiting for the others, which should have ended.
+
+        A graceful shutdown would wait for them under keys that it numbers per process, so that a second group of this
+        process would never find its new workers.
+        """
         global _mailbox
         _mailbox = None
-        try:
-            rpc.shutdown(graceful=together, timeout=_STOP_SECONDS)
-        except RuntimeError:  # one of the others is gone
-            rpc.shutdown(graceful=False)
+        rpc.shutdown(graceful=False)
         _set_log_level(self._log_level)
 
 

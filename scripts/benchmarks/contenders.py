@@ -140,7 +140,7 @@ class Torch(Contender):
             arguments = (inputs,) if self._rank == 0 else ()
             if self._rank == self._num_ranks - 1:
                 schedule.step(*arguments, target=targets, losses=losses)
-                float(torch.stack(losses).mean())
+                float(torch.stack(losses).detach().mean())
             else:
                 schedule.step(*arguments)
             if optimizer is not None:
@@ -181,7 +181,7 @@ class Unsplit(Contender):
         for _ in range(1 + count):
             loss = built.loss(built.model(inputs), targets)
             loss.backward()
-            float(loss)
+            float(loss.detach())
             optimizer.step()
             optimizer.zero_grad()
             ends.append(perf_counter())

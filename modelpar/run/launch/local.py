@@ -84,18 +84,21 @@ class ProcessLaunch:
         """Returns nothing: a process says what it does in its heartbeats."""
 
     def stop(self) -> None:
-        """Leaves the RPC group together with the processes, waits until they exit, and kills those that do not."""
-        self._leave(together=True)
+        """Closes the pipes at whose end workers exit, waits until they have, and kills those that do not."""
+        for process in self._processes:
+            assert process.stdin
+            with suppress(OSError):
+                process.stdin.close()
         deadline = time.monotonic() + 2
         for process in self._processes:
             with suppress(subprocess.TimeoutExpired):
                 process.wait(max(0.01, deadline - time.monotonic()))
-        self._end(signal.SIGKILL)
+        self.kill()
 
     def kill(self) -> None:
-        """Kills all processes."""
-        self._leave(together=False)
+        """Kills all processes, and leaves the RPC group."""
         self._end(signal.SIGKILL)
+        self.transport.close()
 
     def _end(self, how: signal.Signals) -> None:
         for process in self._processes:
@@ -103,11 +106,6 @@ class ProcessLaunch:
                 process.send_signal(how)
         for process in self._processes:
             process.wait()
-
-    def _leave(self, *, together: bool) -> None:
-        """Leaves the RPC group and closes the pipes at whose end workers exit."""
-        self.transport.close(together=together)
-        for process in self._processes:
             assert process.stdin
             with suppress(OSError):
                 process.stdin.close()
@@ -128,21 +126,16 @@ def main() -> None:
     transport = rpc.RpcTransport(rank, num_ranks, config["group"], config["port"], mailbox)
     worker = Worker(rank, mailbox, transport)
     _warm_up()
-    stopped = Event()
-    beat = Thread(
-        target=_beat, args=(transport, rank, worker.status, config["heartbeat_seconds"], stopped), daemon=True
-    )
-    beat.start()
-    if worker.serve():
-        stopped.set()
-        beat.join()
-        transport.close(together=True)
+    beat = (transport, rank, worker.status, config["heartbeat_seconds"])
+    Thread(target=_beat, args=beat, daemon=True).start()
+    worker.serve()
     Event().wait()  # for the pipe from the controller to be closed
 
 
 def _exit_with_controller() -> None:
     """Ends this process when its pipe from the controller is closed, whatever it is doing."""
-    sys.stdin.buffer.read()
+    while os.read(sys.stdin.fileno(), 4096):  # sys.stdin itself would be locked when the interpreter ends
+        pass
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
@@ -156,10 +149,9 @@ def _warm_up() -> None:
     optimizer.step()
 
 
-def _beat(transport: rpc.RpcTransport, rank: int, status: Callable[[], str], every: float, stopped: Event) -> None:
+def _beat(transport: rpc.RpcTransport, rank: int, status: Callable[[], str], every: float) -> None:
     """Tells the controller again and again that this rank lives, and what it is doing."""
     while True:
         with suppress(RuntimeError):
             transport.beat(("heartbeat", rank), status())
-        if stopped.wait(every):
-            return
+        time.sleep(every)

@@ -1,0 +1,135 @@
+"""What crosses between ranks arrives as it was: values, strides, alignment, identity."""
+
+import pickle
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from modelpar.errors import CaptureError
+from modelpar.run import wire
+
+CPU = torch.device("cpu")
+
+
+def echo(tree):
+    """Packs, goes through bytes as over a network, and unpacks."""
+    return wire.unpack(pickle.loads(pickle.dumps(wire.pack(tree))), CPU)
+
+
+@st.composite
+def views(draw):
+    """Views of all kinds: slices with steps and offsets, transposed, expanded, empty, scalar."""
+    shape = draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))
+    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]))
+    tensor = (torch.rand([n * 3 + 1 for n in shape]) * 9).to(dtype)
+    for dim, n in enumerate(shape):
+        start, step = draw(st.integers(0, 2)), draw(st.integers(1, 2))
+        tensor = tensor[(*[slice(None)] * dim, slice(start, start + n * step, step))]
+    if tensor.dim() > 1 and draw(st.booleans()):
+        tensor = tensor.transpose(0, draw(st.integers(1, tensor.dim() - 1)))
+    if draw(st.booleans()):
+        tensor = tensor.unsqueeze(0).expand(draw(st.integers(1, 3)), *tensor.shape)
+    return tensor
+
+
+@given(views())
+@settings(max_examples=200, deadline=None)
+def test_any_view_arrives_with_its_values_and_strides(tensor):
+    packed = wire.pack(tensor)
+    found = wire.unpack(packed, CPU)
+    assert found.dtype == tensor.dtype
+    assert found.shape == tensor.shape
+    assert found.stride() == tensor.stride()
+    assert torch.equal(found, tensor)
+    span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    assert packed.window.untyped_storage().nbytes() < span * tensor.element_size() + wire.ALIGNMENT
+
+
+@pytest.mark.parametrize("offset", range(20))
+def test_a_tensor_keeps_its_place_in_a_vector(offset):
+    base = torch.randn(100)
+    tensor = base[offset : offset + 60].view(10, 6)
+    for found in (echo(tensor), wire.receive(wire.ship(tensor))):
+        assert found.data_ptr() % wire.ALIGNMENT == tensor.data_ptr() % wire.ALIGNMENT
+        assert torch.equal(found, tensor)
+        assert found.untyped_storage().nbytes() < 60 * 4 + wire.ALIGNMENT
+        linear = nn.Linear(6, 8)
+        assert torch.equal(linear(found), linear(tensor))  # for which this is needed
+
+
+def test_memory_that_torch_did_not_allocate():
+    numpy = pytest.importorskip("numpy")
+    for start in range(1, 9):
+        tensor = torch.from_numpy(numpy.arange(50, dtype=numpy.float32)[start:])
+        found = echo(tensor)
+        assert torch.equal(found, tensor)
+        assert found.data_ptr() % 64 == tensor.data_ptr() % 64
+
+
+def test_a_tree_keeps_its_form_and_what_is_no_tensor():
+    leaf = torch.randn(3, requires_grad=True)
+    tree = {"a": [leaf, None], "b": (1, 2.5, "text", torch.arange(3)), "c": leaf * 2}
+    found = echo(tree)
+    assert found["b"][:3] == (1, 2.5, "text")
+    assert found["a"][1] is None
+    assert torch.equal(found["b"][3], torch.arange(3))
+    assert found["a"][0].requires_grad
+    assert found["c"].requires_grad
+    assert found["c"].is_leaf  # the graph stays where it was
+    assert not found["b"][3].requires_grad
+
+
+def test_between_threads_memory_is_shared_and_the_graph_is_not():
+    tensor = torch.randn(3, requires_grad=True) * 2
+    found = wire.detach({"x": (tensor, 3)})
+    assert found["x"][0].data_ptr() == tensor.data_ptr()
+    assert found["x"][0].is_leaf
+    assert found["x"][0].requires_grad
+    assert found["x"][1] == 3
+
+
+def test_sparse_tensors_arrive():
+    tensor = torch.eye(3).to_sparse()
+    assert torch.equal(wire.unpack(wire.pack(tensor), CPU).to_dense(), torch.eye(3))
+
+
+def test_a_module_arrives_whole_and_apart():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.LSTM(4, 4))
+    model[2].weight = model[0].weight
+    model[2].bias.requires_grad_(False)
+    model[0].weight.decay = 0.5  # optimizers may look at such marks
+    model.plain = torch.ones(2)
+    found = wire.receive(wire.ship(model))
+    assert [n for n, _ in found.named_parameters()] == [n for n, _ in model.named_parameters()]
+    for (name, a), b in zip(found.state_dict().items(), model.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+        assert a.data_ptr() != b.data_ptr()
+    assert found[2].weight is found[0].weight
+    assert isinstance(found[0].weight, nn.Parameter)
+    assert found[0].weight.decay == 0.5
+    assert not found[2].bias.requires_grad
+    assert torch.equal(found.plain, torch.ones(2))
+    x = torch.randn(5, 4)
+    found.eval(), model.eval()
+    assert torch.equal(found(x)[0], model(x)[0])
+
+
+def test_functions_and_classes_of_nobody_arrive():
+    factor = 3
+
+    class Local(nn.Module):
+        def forward(self, x):
+            return x * factor
+
+    found = wire.receive(wire.ship((Local(), lambda x: x + factor)))
+    assert found[0](torch.ones(1)) == 3
+    assert found[1](1) == 4
+
+
+def test_what_cannot_be_pickled_is_refused_in_one_line():
+    with pytest.raises(CaptureError, match=r"^cannot be sent to the workers: TypeError: .*lock.*; expected"):
+        wire.ship({"lock": threading.Lock()})
