@@ -340,6 +340,20 @@ def test_the_layer_that_went_wrong_first_is_named(workers):
         assert_same(pipeline.state_dict(), before)
 
 
+def test_a_step_that_nobody_collected_and_that_went_wrong_is_reported_by_the_next_one(workers):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 3))
+    good = (torch.randn(8, 6), torch.randint(3, (8,)))
+    bad = (good[0].clone(), good[1])
+    bad[0][7] = torch.nan
+    objective = Objective(model, F.cross_entropy)
+    with Pipeline(objective, make_plan(objective, good), workers=workers, optimizer=adamw) as pipeline:
+        next(pipeline.steps([good, bad]))
+        with pytest.raises(NonFiniteLoss, match="step 1: the loss of micro-batch 3 is not finite"):
+            pipeline.step(good)
+        assert pipeline.step(good).step == 3
+
+
 def test_a_loss_function_that_goes_wrong_is_named(workers):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 3))
