@@ -312,7 +312,7 @@ def test_an_exception_in_backward():
     bad[0][7] = LARGE * 10
     split = partial(partitioners.manual, balance=[1, 2, 2])
     message = failing(Objective(model, F.cross_entropy), [good, bad], split=split)
-    where = "rank 1 failed (stage 1, layer unknown, action 1B3, micro-batch 3, input shapes [2, 6])"
+    where = "rank 1 failed (stage 1, layer one of 1, 2, action 1B3, micro-batch 3, input shapes [2, 6])"
     assert message == f"{where}: ArithmeticError: no gradient today"
 
 

@@ -24,8 +24,8 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
 from modelpar.run import wire
-from modelpar.run.executor import OptimizerFactory, Settings
 from modelpar.run.stage_runner import RunContext
+from modelpar.run.update import OptimizerFactory, Settings
 from modelpar.run.workers import Workers
 
 

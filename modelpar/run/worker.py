@@ -12,10 +12,12 @@ import torch
 from modelpar.capture.cut import StageProgram
 from modelpar.planning.plan import Plan
 from modelpar.run import wire
-from modelpar.run.executor import Executor, Settings
+from modelpar.run.exchange import Exchange
+from modelpar.run.executor import Executor
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
+from modelpar.run.update import Settings, Update
 
 
 class Closed(Exception):
@@ -87,7 +89,9 @@ class Worker:
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
             runners[program.stage] = StageRunner(program, settings.seed, device, lock)
-        self._executors[pipeline] = Executor(self.rank, plan, settings, runners, self._mailbox, self._transport, memory)
+        exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
+        update = Update(plan, settings, runners, exchange)
+        self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)
 
     def _unload(self, pipeline: int) -> None:
         self._active = None

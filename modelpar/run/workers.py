@@ -26,9 +26,8 @@ class Workers:
             ...
 
     `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of
-    this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one
-    batch may take, by default any time. `port` is where processes meet on the loopback interface; 0
-    picks a free one.
+    this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one batch
+    may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
 
     Raises ConfigError for arguments that cannot be used, before anything is started.
     """
