@@ -165,12 +165,8 @@ def _help() -> str:
 
 def _command_help(command: str) -> str:
     """Returns a command's groups with their choices, its options with their defaults, and examples."""
-    from omegaconf import OmegaConf
-
-    config = configs.load(command, [])
     groups = "\n".join(f"  {group:<12} {', '.join(configs.choices(group))}" for group in configs.GROUPS)
-    own = {key: value for key, value in config.items() if key not in configs.GROUPS}
-    options = "\n".join(f"  {line}" for line in OmegaConf.to_yaml(own).rstrip().splitlines())
+    options = "\n".join(f"  {line}" for line in configs.options_text(command))
     example = config_dir() / "model" / "gpt.yaml"
     return (
         f"modelpar {command}: {_COMMANDS[command]}\n\nusage: modelpar {command} [group=choice] [option=value] …\n\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import shlex
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,7 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
 from modelpar.report.tensorboard.writer import RunWriter
+from modelpar.report.text import prediction_notes
 from modelpar.run.workers import Workers
 from modelpar.rundir import RunDir
 from modelpar.task import Task, task_of
@@ -46,13 +46,13 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
 
     All combinations run on one set of workers. Each round runs every one of them for a few steps, so that a machine
     that slows down or speeds up meanwhile does so for all; a combination's time is the median over all its steps.
+    Combinations that come to the same plan are run once, and share their numbers.
     """
     lists = configs.parse_lists(overrides)
-    varied = [choices for choices in lists if len(choices) > 1]
     combinations = list(dict.fromkeys(itertools.product(*lists)))
     loaded = [configs.load("compare", combination) for combination in combinations]
     _check_same(loaded)
-    candidates = _plan_all(loaded, [_name(combination, varied) for combination in combinations])
+    candidates = _plan_all(loaded, [_name(combination, lists) for combination in combinations])
     first = candidates[0].config
     by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
     measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
@@ -69,8 +69,9 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
     rows = best_first([_row(candidate) for candidate in candidates])
     console.print(comparison_table(rows))
     write(rows, folder.path)
-    command = f"modelpar view {shlex.quote(str(folder.path))}"
-    console.print(command, style="bold", soft_wrap=True, highlight=False, markup=False)
+    for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
+        console.print(note, style="yellow", highlight=False)
+    console.print(folder.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
@@ -112,16 +113,28 @@ def _plan_all(loaded: list[DictConfig], names: list[str]) -> list[_Candidate]:
 
 
 def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -> None:
-    """Runs all candidates in turn, round after round, on one set of workers."""
+    """Runs all different plans in turn, round after round, on one set of workers."""
     comparison = candidates[0].config.comparison
+    same: dict[str, list[_Candidate]] = {}
+    for candidate in candidates:
+        same.setdefault(_runs_as(candidate), []).append(candidate)
     with workers:
-        turns = list(itertools.product(range(comparison.rounds), candidates))
-        for _, candidate in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
-            task, training = candidate.task, candidate.config.training
-            with task.pipeline(candidate.plan, workers) as pipeline:
+        turns = list(itertools.product(range(comparison.rounds), same.values()))
+        for _, equals in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
+            task, plan = equals[0].task, equals[0].plan
+            with task.pipeline(plan, workers) as pipeline:
+                training = task.config.training
                 batches = task.data.batches(training.batch_size, training.seed)
                 results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
-            candidate.results += results[1:]
+            for candidate in equals:
+                candidate.results += results[1:]
+
+
+def _runs_as(candidate: _Candidate) -> str:
+    """Returns what a candidate's run depends on, as text."""
+    plan = candidate.plan
+    placed = [plan.partition.bounds, plan.schedule.lines(), plan.cluster.devices, plan.num_threads, plan.tied]
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(candidate.config, _OF_TASK)) + repr(placed)
 
 
 def _row(candidate: _Candidate) -> Row:
@@ -164,11 +177,10 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
     return run.path
 
 
-def _name(combination: Sequence[str], varied: list[list[str]]) -> str:
+def _name(combination: Sequence[str], lists: list[list[str]]) -> str:
     """Returns what tells a combination from the others, such as "optimal 1f1b num_ranks=4"."""
-    parts = [override for override in combination if any(override in choices for choices in varied)]
     words = []
-    for part in parts:
+    for part in (override for override, choices in zip(combination, lists, strict=True) if len(choices) > 1):
         key, _, value = part.partition("=")
         words.append(value if key in configs.GROUPS else f"{key.split('.')[-1]}={value}")
     return " ".join(words) or "the only one"

@@ -58,6 +58,14 @@ def choices(group: str) -> list[str]:
     return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
 
 
+def options_text(command: str) -> list[str]:
+    """Returns the lines of a command's own options, with their defaults and comments, as they stand in its file."""
+    names = ["train"] if command == "train" else ["train", command]
+    blocks = [block for name in names for block in (config_dir() / f"{name}.yaml").read_text().split("\n\n")]
+    shown = [block for block in blocks if not block.startswith(("#", "defaults:", "hydra:"))]
+    return [line for block in shown for line in block.splitlines()]
+
+
 def choice(config: DictConfig, group: str) -> str:
     """Returns which choice of a group a configuration holds, by its `_target_`."""
     target = config[group]._target_

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
+import shutil
+import sys
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -69,6 +72,14 @@ class RunDir:
     def weights(self) -> Path:
         """The trained weights."""
         return self.path / "weights.safetensors"
+
+    def view_command(self) -> str:
+        """Returns what to type to see the run in TensorBoard: this installation's command, if need be with its path."""
+        command = "modelpar"
+        if not shutil.which(command):
+            installed = Path(sys.executable).parent / command
+            command = os.path.relpath(installed) if installed.exists() else f"{sys.executable} -m modelpar.cli"
+        return f"{command} view {shlex.quote(str(self.path))}"
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, all of it or nothing."""

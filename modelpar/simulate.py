@@ -6,7 +6,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from modelpar.planning.simulate import predict
-from modelpar.report.text import draw_timeline, partition_table, simulation_summary
+from modelpar.report.text import draw_timeline, partition_table, prediction_notes, simulation_summary
 from modelpar.task import task_of
 
 
@@ -15,6 +15,8 @@ def simulate(config: DictConfig, console: Console) -> None:
     plan = task_of(config).plan()
     timeline = predict(plan)
     console.print(partition_table(plan))
+    for note in prediction_notes(plan):
+        console.print(note, style="yellow", highlight=False)
     console.print(draw_timeline(timeline, console.width))
     console.print()
     console.print(simulation_summary(plan, timeline))

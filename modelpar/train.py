@@ -4,56 +4,31 @@ from __future__ import annotations
 
 import itertools
 import os
-import shlex
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean, median
 from threading import current_thread, main_thread
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from modelpar.config import choice
 from modelpar.data.prefetch import prefetch
 from modelpar.errors import ModelparError
-from modelpar.planning.analysis import analyse
 from modelpar.planning.plan import Plan
-from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
+from modelpar.record import Record
 from modelpar.report.progress import TrainingProgress
 from modelpar.report.tensorboard.writer import RunWriter
-from modelpar.report.text import TrainingSummary, partition_table, training_summary
+from modelpar.report.text import TrainingSummary, partition_table, prediction_notes, training_summary
 from modelpar.run.pipeline import Pipeline
 from modelpar.rundir import RunDir
 from modelpar.task import Task, task_of
 
-SCHEMA_VERSION = 1
-_WARMUP_STEPS = 3
-"""Steps at the beginning that do not count towards the measured step time, where there are more."""
-
-
 _STOPPING = b"modelpar: stopping after the step under way; once more ends it at once\n"
-
-
-@dataclass
-class _Record:
-    """What has been measured so far."""
-
-    results: list[StepResult] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
-    """Wall-clock time from one finished step to the next."""
-    heldout: list[tuple[int, float]] = field(default_factory=list)
-    """(number of steps done, loss)."""
-
-    def settled(self, values: Sequence[Any]) -> Sequence[Any]:
-        """Leaves out the first steps, where there are enough others."""
-        return values[_WARMUP_STEPS:] if len(values) > 2 * _WARMUP_STEPS else values
 
 
 def train(config: DictConfig, console: Console) -> RunDir:
@@ -68,11 +43,13 @@ def train(config: DictConfig, console: Console) -> RunDir:
     workers = task.workers(plan.num_ranks)
     pipeline = task.pipeline(plan, workers)
     run = RunDir.create(config.output.folder, config.output.name, f"{_model_name(config)}-{choice(config, 'schedule')}")
-    record, status = _Record(), "failed"
+    record, status = Record(plan), "failed"
     with ExitStack() as exits:
         exits.callback(run.remove_if_empty)
         console.print(task.data.description, highlight=False, markup=False)
         console.print(partition_table(plan))
+        for note in prediction_notes(plan):
+            console.print(note, style="yellow", highlight=False)
         exits.enter_context(workers)
         exits.enter_context(pipeline)
         OmegaConf.save(config, run.config)
@@ -86,10 +63,10 @@ def train(config: DictConfig, console: Console) -> RunDir:
             status = "interrupted"
             raise
         finally:
-            run.write_result(_result(plan, task, record, status))
+            run.write_result(record.to_json(status, task.data.baseline))
             if record.results:
-                writer.hparams(_hparams(config, plan), _metrics(record))
-    _say_summary(console, run, plan, task, record)
+                writer.hparams(_hparams(config, plan), record.metrics())
+    _say_summary(console, run, task, record)
     if status == "interrupted":
         raise KeyboardInterrupt
     return run
@@ -101,7 +78,7 @@ def _loop(
     pipeline: Pipeline,
     writer: RunWriter,
     run: RunDir,
-    record: _Record,
+    record: Record,
     progress: TrainingProgress,
     stop: list[int],
 ) -> None:
@@ -172,47 +149,6 @@ def _model_name(config: DictConfig) -> str:
     return Path(config.model.factory.split(":")[0]).stem if "factory" in config.model else choice(config, "model")
 
 
-def _result(plan: Plan, task: Task, record: _Record, status: str) -> dict[str, Any]:
-    """Returns what result.json holds; times in seconds, shares of 1, losses in nats for the models here."""
-    analyses = [analyse(result.timeline) for result in record.settled(record.results)]
-    peaks = record.results[-1].peak_bytes if record.results else ()
-    stages = []
-    owners = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
-    seen: set[str] = set()
-    for stage, rank in enumerate(plan.schedule.stage_to_rank):
-        layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
-        own = {owners.get(p.name, p.name): p for layer in layers for p in layer.parameters if p.trainable}
-        times = [analysis.ranks[rank] for analysis in analyses]
-        stages.append(
-            {
-                "rank": rank,
-                "device": plan.cluster.devices[rank],
-                "balance": len(layers),
-                "layers": [layer.name for layer in layers],
-                "parameters": sum(torch.Size(p.shape).numel() for name, p in own.items() if name not in seen),
-                "utilization": fmean(time.utilization for time in times) if times else None,
-                "wait": fmean(time.wait for time in times) if times else None,
-                "peak_bytes": peaks[rank] if peaks else None,
-            }
-        )
-        seen |= set(own)
-    return {
-        "schema_version": SCHEMA_VERSION,
-        "status": status,
-        "steps": len(record.results),
-        "losses": [result.loss for result in record.results],
-        "heldout_losses": [{"steps": steps, "loss": loss} for steps, loss in record.heldout],
-        "baseline": list(task.data.baseline) if task.data.baseline else None,
-        "step_seconds": record.step_seconds,
-        "measured_step_seconds": median(record.settled(record.step_seconds)) if record.results else None,
-        "predicted_step_seconds": plan.prediction.step_seconds if plan.prediction else None,
-        "bubble": fmean(analysis.bubble for analysis in analyses) if analyses else None,
-        "predicted_bubble": plan.prediction.bubble if plan.prediction else None,
-        "num_threads": plan.num_threads,
-        "stages": stages,
-    }
-
-
 def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
     return {
         "model": _model_name(config),
@@ -229,27 +165,18 @@ def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
-def _metrics(record: _Record) -> dict[str, float]:
-    metrics = {
-        "loss": record.results[-1].loss,
-        "step_seconds": median(record.settled(record.step_seconds)),
-        "bubble": fmean(result.timeline.bubble for result in record.settled(record.results)),
-    }
-    return {**metrics, "heldout_loss": record.heldout[-1][1]} if record.heldout else metrics
-
-
-def _say_summary(console: Console, run: RunDir, plan: Plan, task: Task, record: _Record) -> None:
+def _say_summary(console: Console, run: RunDir, task: Task, record: Record) -> None:
     if not record.results:
         return
-    ranks = [analyse(result.timeline).ranks for result in record.settled(record.results)]
+    prediction = record.plan.prediction
     summary = TrainingSummary(
         first_loss=record.results[0].loss,
         last_loss=record.results[-1].loss,
-        step_seconds=median(record.settled(record.step_seconds)),
-        utilization=tuple(fmean(r[rank].utilization for r in ranks) for rank in plan.schedule.stage_to_rank),
-        view_command=f"modelpar view {shlex.quote(str(run.path))}",
+        step_seconds=record.measured_step_seconds,
+        utilization=record.utilization(),
+        view_command=run.view_command(),
         heldout_loss=record.heldout[-1][1] if record.heldout else None,
         baseline=task.data.baseline,
-        predicted_step_seconds=plan.prediction.step_seconds if plan.prediction else None,
+        predicted_step_seconds=prediction.step_seconds if prediction else None,
     )
     console.print(training_summary(summary), soft_wrap=True)

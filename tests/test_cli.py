@@ -1,5 +1,6 @@
 """The command line: help, exit codes, and bad input, which costs one line before anything starts."""
 
+import re
 import shlex
 import socket
 import subprocess
@@ -79,7 +80,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("modle=mlp", "modle is unknown; did you mean model? expected one of data, .*"),
+        ("modle=mlp", "modle is unknown; did you mean model\\? expected one of data, .*"),
         ("--fast", "--fast is not an option of train; expected overrides or -m, --multirun, -c, --cfg, .*"),
         ("-m schedule=gpipe,1f1", "schedule=1f1 is unknown; did you mean 1f1b\\? expected one of .*"),
         (f"{GPT_WORDS} pipeline.num_ranks=5", "5 stages, but the model has 4 layers .*; expected at most 4"),
@@ -91,8 +92,8 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} pipeline.num_threads=0", "num_threads is 0; expected at least 1"),
         (f"{GPT_WORDS} pipeline.devices=[cuda:98,cuda:99]", "device 'cuda:98' cannot be used: .+"),
         (f"{GPT_WORDS} pipeline.devices=[cpu]", "1 devices \\['cpu'\\] for 2 ranks; expected one per rank"),
-        (f"{GPT_WORDS} pipeline.profile=guess", "profile is 'guess'; expected \"measured\" or \"flops\""),
-        (f"{GPT_WORDS} pipeline.tied=loose", "tied is 'loose'; expected \"fast\" or \"exact\""),
+        (f"{GPT_WORDS} pipeline.profile=guess", 'profile is \'guess\'; expected "measured" or "flops"'),
+        (f"{GPT_WORDS} pipeline.tied=loose", 'tied is \'loose\'; expected "fast" or "exact"'),
         (f"{GPT_WORDS} training.steps=0", "training.steps is 0; expected at least 1"),
         (f"{GPT_WORDS} training.batch_size=0", "training.batch_size is 0; expected at least 1"),
         (f"{GPT_WORDS} training.seed=-1", "training.seed is -1; expected at least 0"),
@@ -127,7 +128,10 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{MLP_WORDS} data=arrays data.path=broken.npz", "data.path='broken.npz' cannot be read as an .npz file: .+"),
         (f"{MLP_WORDS} data=arrays data.path=half.npz", "half.npz has \\['inputs'\\] and no targets"),
         (f"{MLP_WORDS} data=arrays data.path=wide.npz", "layer stem .* failed on the example batch, .*"),
-        (f"{MLP_WORDS} data=arrays data.path=labels.npz", "layer head .* failed on the example batch, .*out of bounds.*"),
+        (
+            f"{MLP_WORDS} data=arrays data.path=labels.npz",
+            "layer head .* failed on the example batch, .*out of bounds.*",
+        ),
         (f"{MLP_WORDS} data=text data.path=text.txt data.context=8", "layer stem .* failed on the example batch, .*"),
         (f"{FILE}", "model.factory is 'model.py'; expected path/to/file.py:function"),
         (f"{FILE}:absent", ".*/model.py has no function 'absent'; it has failing, good, nothing, raising, unspl.*"),
@@ -140,10 +144,8 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
     ],
 )
 def test_bad_input_costs_one_line_before_any_process_starts(folder, words, message):
-    import re
-
     line = refused(folder, f"train {words}")
-    assert re.fullmatch(message.replace("model? ", "model\\? "), line), line
+    assert re.fullmatch(message, line), line
 
 
 @pytest.mark.parametrize("command", ["train", "compare"])
@@ -167,7 +169,10 @@ def test_a_run_folder_that_exists_is_refused(folder):
     [
         ("trian", "trian is not a command; expected one of train, simulate, compare, view"),
         ("simulate --fast", "--fast is not an option of simulate; expected overrides such as model=mlp"),
-        ("simulate schedule=1f1", "schedule=1f1 is unknown; did you mean 1f1b? expected one of 1f1b, fill_drain, gpipe"),
+        (
+            "simulate schedule=1f1",
+            "schedule=1f1 is unknown; did you mean 1f1b? expected one of 1f1b, fill_drain, gpipe",
+        ),
         ("compare -m", "compare takes lists as they are, partition=uniform,optimal; expected no -m"),
         ("compare --multirun a=1", "compare takes lists as they are, partition=uniform,optimal; expected no -m"),
         ("view nowhere", "nowhere does not exist; expected a run or a folder of runs"),
@@ -214,11 +219,13 @@ def test_the_help_of_view_has_two_examples():
     assert call("view").code == 2
 
 
-@pytest.mark.parametrize("example", [line for command in _COMMANDS for line in _EXAMPLES[command] if "view" not in line])
+@pytest.mark.parametrize(
+    "example", [line for command in _COMMANDS for line in _EXAMPLES[command] if "view" not in line]
+)
 def test_the_examples_in_the_help_are_right(example):
     _, command, *words = example.split()
-    for combination in zip(*(choices * 9 for choices in configs.parse_lists(words)), strict=False):
-        configs.load(command, combination)
+    for which in (0, -1):
+        configs.load(command, [choices[which] for choices in configs.parse_lists(words)])
 
 
 def test_the_command_is_installed_under_its_name():

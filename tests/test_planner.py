@@ -114,9 +114,9 @@ def test_a_batch_that_does_not_fit_is_refused_in_one_line(objective, batch):
 
 def test_a_device_that_is_not_there_is_refused():
     assert place(2, ["cpu", "cpu"]) == ("cpu", "cpu")
-    with pytest.raises(ConfigError, match="device 'cuda:99' cannot be used: .+"):
+    with pytest.raises(ConfigError, match=r"device 'cuda:99' cannot be used: .+"):
         place(1, ["cuda:99"])
-    with pytest.raises(ConfigError, match="device 'gpu' cannot be used: .+"):
+    with pytest.raises(ConfigError, match=r"device 'gpu' cannot be used: .+"):
         place(1, ["gpu"])
 
 

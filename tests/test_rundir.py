@@ -101,7 +101,7 @@ def test_weights_that_do_not_fit_are_refused_in_one_line(run):
     assert str(error.value).startswith(f"the weights in {run[0].weights} do not fit the model: ")
     assert "size mismatch for 0.weight" in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(ConfigError, match="Missing key.*3.weight"):
+    with pytest.raises(ConfigError, match=r"Missing key.*3\.weight"):
         load_into(nn.Sequential(*model(), nn.Linear(4, 4)), run[0].path)
 
 

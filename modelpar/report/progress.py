@@ -20,13 +20,12 @@ class TrainingProgress:
     def __init__(self, console: Console, num_steps: int):
         self._console, self._num_steps = console, num_steps
         self._every = max(1, num_steps // _LINES)
-        self._heldout = ""
         self._bar = Progress(
-            TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=None),  # what the numbers leave
             TextColumn("{task.fields[numbers]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            expand=True,
             console=console,
             disable=not console.is_terminal,
         )
@@ -45,12 +44,10 @@ class TrainingProgress:
         """Shows one finished step; steps count from 0."""
         rate = samples / step_seconds
         numbers = f"loss {loss:.4f}  {ms(step_seconds)}/step  {rate:.1f} samples/s  bubble {percent(bubble)}"
-        self._bar.update(self._task, completed=step + 1, numbers=numbers + self._heldout)
+        self._bar.update(self._task, completed=step + 1, numbers=numbers)
         if not self._console.is_terminal and ((step + 1) % self._every == 0 or step == 0):
             self._console.print(f"step {step + 1}/{self._num_steps}  {numbers}", highlight=False)
 
     def heldout(self, loss: float) -> None:
         """Shows a loss on held-out data."""
-        self._heldout = f"  held-out {loss:.4f}"
-        if not self._console.is_terminal:
-            self._console.print(f"held-out loss {loss:.4f}", highlight=False)
+        self._console.print(f"held-out loss {loss:.4f}", highlight=False)

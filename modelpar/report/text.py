@@ -11,6 +11,7 @@ Every function returns something for `rich.console.Console.print`; nothing here 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -97,6 +98,20 @@ def partition_table(plan: Plan) -> Table:
         values = (str(row.stage), row.layers, row.parameters, percent(row.cost), megabytes(row.memory), row.device)
         table.add_row(*map(Text, values))
     return table
+
+
+def prediction_notes(plan: Plan) -> list[str]:
+    """Returns what a reader of the plan's predicted times must know: a line each, none where all is as it should be."""
+    notes = []
+    if plan.profile.source == "flops":
+        notes.append("Times are counted FLOPs at a nominal speed: only their ratios mean something.")
+    threads = plan.num_ranks * plan.num_threads
+    cores = os.cpu_count() or threads
+    if threads > cores and all(device == "cpu" for device in plan.cluster.devices):
+        notes.append(
+            f"{plan.num_ranks} ranks × {plan.num_threads} threads share {cores} cores; predictions give each its own."
+        )
+    return notes
 
 
 def draw_timeline(timeline: Timeline, width: int = 80) -> Text:

@@ -49,6 +49,8 @@ class Workers:
             raise ConfigError(
                 f"heartbeat_timeout is {heartbeat_timeout} and step_timeout {step_timeout}; expected seconds above 0"
             )
+        if not 0 <= port <= 65535:
+            raise ConfigError(f"port is {port}; expected 0 to 65535")
         self.num_ranks = num_ranks
         self._kind, self._port = transport, port
         self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout

@@ -2,7 +2,7 @@
 
 Each holds several models by key, so that all wait, loaded, for their turn::
 
-    load(key, …)        makes a model ready and runs a few steps
+    load(key, …)        makes a model ready and runs a few steps; returns about how long one takes
     steps(key, count)   trains 1 + count steps; returns when each ended
     unload()            drops all models
 """
@@ -22,12 +22,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from benchmarks.stats import step_seconds
 from benchmarks.tasks import Built, Task
 from modelpar import Objective, Pipeline, Workers
 from modelpar.planning.plan import Plan
 from modelpar.planning.timeline import Timeline
 
-WARM_STEPS = 2
+WARM_STEPS = 1
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,13 @@ class Modelpar(Contender):
         self._workers = self._exits.enter_context(Workers(num_ranks, transport=transport))
         self._pipelines: dict[str, tuple[Pipeline, Built]] = {}
 
-    def load(self, key: str, task: Task, plan: Plan) -> None:
+    def load(self, key: str, task: Task, plan: Plan) -> float:
         """Loads a plan's stages on the workers."""
         built = task()
         objective = Objective(built.model, built.loss)
         pipeline = Pipeline(objective, plan, workers=self._workers, optimizer=built.optimizer)
         self._pipelines[key] = pipeline.__enter__(), built
-        self.steps(key, WARM_STEPS)
+        return step_seconds(self.steps(key, WARM_STEPS).ends)
 
     def steps(self, key: str, count: int) -> Lap:
         """Trains as `modelpar train` does, with the next step under way."""
@@ -116,7 +117,7 @@ class Torch(Contender):
         )
         self._loaded: dict[str, tuple[Any, Any, Built]] = {}
 
-    def load(self, key: str, task: Task, bounds: tuple[int, ...], schedule: str, num_microbatches: int) -> None:
+    def load(self, key: str, task: Task, bounds: tuple[int, ...], schedule: str, num_microbatches: int) -> float:
         """Makes this rank's stage and joins the others in a few steps; `bounds` are those of modelpar's partition."""
         from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
 
@@ -128,7 +129,7 @@ class Torch(Contender):
         parameters = list(module.parameters())
         optimizer = built.optimizer(parameters) if parameters else None
         self._loaded[key] = kind(stage, num_microbatches, loss_fn=built.loss), optimizer, built
-        self.steps(key, WARM_STEPS)
+        return step_seconds(self.steps(key, WARM_STEPS).ends)
 
     def steps(self, key: str, count: int) -> Lap:
         """Trains; the last rank reads the loss after every step, as one who trains does."""
@@ -167,11 +168,11 @@ class Unsplit(Contender):
         torch.set_num_threads(num_threads)
         self._loaded: dict[str, tuple[Any, Built]] = {}
 
-    def load(self, key: str, task: Task) -> None:
+    def load(self, key: str, task: Task) -> float:
         """Makes the model."""
         built = task()
         self._loaded[key] = built.optimizer(built.model.parameters()), built
-        self.steps(key, WARM_STEPS)
+        return step_seconds(self.steps(key, WARM_STEPS).ends)
 
     def steps(self, key: str, count: int) -> Lap:
         """Trains."""

@@ -14,13 +14,10 @@ from typing import Self
 from benchmarks import load
 from benchmarks.contenders import Lap, Modelpar, Torch, Unsplit
 from benchmarks.hosts import Host, call_together
-from benchmarks.stats import step_seconds
 from benchmarks.tasks import Task
 from modelpar.planning.plan import Plan
 
 TRANSPORTS = ("rpc", "threads")
-SLICE_SECONDS = 0.4
-"""How long a contender's turn should last at least, besides its first step, which does not count."""
 _MOST_STEPS = 100
 
 
@@ -32,6 +29,8 @@ class Fleet:
         self._with_unsplit = unsplit
         self._exits = ExitStack()
         self._plans: Mapping[str, Plan] = {}
+        self._seconds: dict[str, float] = {}
+        """About how long a step takes, by contender."""
 
     def __enter__(self) -> Self:
         with ExitStack() as exits:
@@ -54,16 +53,20 @@ class Fleet:
         """Loads a task in all contenders, in place of the one before; `plans` are by schedule."""
         call_together(self._hosts(), "unload")
         self._plans = plans
+        self._seconds = {}
         for schedule, plan in plans.items():
-            for host in self.modelpar.values():
-                host.call("load", schedule, task, plan)
+            for name, host in self.modelpar.items():
+                self._seconds[f"{name} {schedule}"] = host.call("load", schedule, task, plan)
             arguments = schedule, task, plan.partition.bounds, schedule, plan.num_microbatches
-            call_together(self.torch, "load", *arguments)
-        for host in self.unsplit.values():
-            host.call("load", "", task)
+            self._seconds[f"torch {schedule}"] = max(call_together(self.torch, "load", *arguments))
+        for name, host in self.unsplit.items():
+            self._seconds[name] = host.call("load", "", task)
 
-    def turns(self) -> dict[str, Callable[[], Lap]]:
-        """Returns what each contender does in a round, by name: "rpc gpipe", "torch 1f1b", "unsplit 1 thread", …"""
+    def turns(self, seconds: float) -> dict[str, Callable[[], Lap]]:
+        """Returns what each contender does in a round, by name: "rpc gpipe", "torch 1f1b", "unsplit 1 thread", …
+
+        A turn lasts about so many seconds, and has one step more, which does not count.
+        """
         turns: dict[str, Callable[[int], Lap]] = {}
         for schedule in self._plans:
             for name, host in self.modelpar.items():
@@ -71,7 +74,8 @@ class Fleet:
             turns[f"torch {schedule}"] = partial(self._torch_steps, schedule)
         for name, host in self.unsplit.items():
             turns[name] = partial(host.call, "steps", "")
-        return {name: partial(turn, _enough(turn)) for name, turn in turns.items()}
+        counts = {name: max(1, min(_MOST_STEPS, round(seconds / self._seconds[name]))) for name in turns}
+        return {name: partial(turn, counts[name]) for name, turn in turns.items()}
 
     def cpu_seconds(self) -> dict[str, float]:
         """Returns the CPU time that each contender's processes have used so far; what loading used included."""
@@ -92,8 +96,3 @@ class Fleet:
     def _hosts(self) -> list[Host]:
         return [*self.modelpar.values(), *self.torch, *self.unsplit.values()]
 
-
-def _enough(turn: Callable[[int], Lap]) -> int:
-    """Returns how many steps last long enough for one turn."""
-    seconds = step_seconds(turn(1).ends)
-    return max(2, min(_MOST_STEPS, round(SLICE_SECONDS / seconds)))

@@ -139,7 +139,8 @@ def main() -> None:
 
 
 def _exit_with_parent() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1):  # past sys.stdin, whose lock would be held when the interpreter ends
+        pass
     os._exit(1)
 
 

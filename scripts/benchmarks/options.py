@@ -23,6 +23,16 @@ class Options:
         return self.wanted_rounds or (quick if self.quick else full)
 
     @property
+    def slice_seconds(self) -> float:
+        """How long a contender's turn should last, besides its first step, which does not count."""
+        return 0.15 if self.quick else 0.4
+
+    @property
+    def most_seconds(self) -> float:
+        """After how long a case begins no more rounds, so that a busy machine makes no quick run a long one."""
+        return 10.0 if self.quick else 600.0
+
+    @property
     def num_cores(self) -> int:
         """How many cores there are."""
         return os.cpu_count() or 1

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import perf_counter
 from typing import Generic, TypeVar
 
 from benchmarks import load
 from benchmarks.stats import Summary, summarize
 
 QUIET = 0.12
-"""How many cores others may keep busy during a contender's turn. The kernel counts in ticks of 10 ms: 0.05 is noise."""
+"""How many cores others may keep busy during a contender's turn. The kernel counts in ticks of 10 ms: 0.02 is noise."""
 MOST = 1.5
 """How many rounds are run at most, as a multiple of those wanted, to make up for disturbed ones."""
 
@@ -57,11 +59,17 @@ class Rounds(Generic[T]):
         return f"{len(self.kept)}, {self.dropped} dropped{others}"
 
 
-def interleave(contenders: Mapping[str, Callable[[], T]], count: int, seed: int = 0) -> Rounds[T]:
-    """Runs rounds until `count` were quiet, at most MOST × as many; calls each contender once per round."""
+def interleave(
+    contenders: Mapping[str, Callable[[], T]], count: int, most_seconds: float = math.inf, seed: int = 0
+) -> Rounds[T]:
+    """Runs rounds until `count` were quiet, at most MOST × as many; calls each contender once per round.
+
+    After `most_seconds` no further round begins.
+    """
+    begun = perf_counter()
     order = random.Random(seed)
     rounds: list[Round[T]] = []
-    while sum(not each.disturbed for each in rounds) < count and len(rounds) < MOST * count:
+    while sum(not each.disturbed for each in rounds) < count and len(rounds) < MOST * count and perf_counter() - begun < most_seconds:
         values: dict[str, T] = {}
         foreign: list[float] = []
         for name in order.sample(list(contenders), len(contenders)):

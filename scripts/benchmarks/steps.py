@@ -11,11 +11,10 @@ from benchmarks.fleet import TRANSPORTS, Fleet
 from benchmarks.markdown import table
 from benchmarks.options import Options
 from benchmarks.rounds import Rounds, interleave
-from benchmarks.tasks import SCHEDULES, Task
+from benchmarks.tasks import MODELS, SCHEDULES
 from modelpar.planning.plan import Plan
 
 UNSPLIT = ("unsplit 1 thread", "unsplit all threads")
-TASKS: dict[str, Task] = {"gpt": tasks.gpt, "mlp": tasks.mlp, "convnet": tasks.convnet}
 
 TEXT = """\
 Each contender trains on the same batch with the same layers, AdamW, and one thread per rank; modelpar and torch have the
@@ -47,8 +46,8 @@ class Measured:
 def cases(quick: bool) -> list[Case]:
     """Returns what is measured, by number of stages, since each number needs processes of its own."""
     if quick:
-        return [*(Case(model, 2, 8) for model in TASKS), Case("gpt", 4, 8)]
-    return [Case(model, 2, m) for model in TASKS for m in (4, 8, 16)] + [Case(model, 4, 8) for model in TASKS]
+        return [*(Case(model, 2, 8) for model in MODELS), Case("gpt", 4, 8)]
+    return [Case(model, 2, m) for model in MODELS for m in (4, 8, 16)] + [Case(model, 4, 8) for model in MODELS]
 
 
 def run(options: Options) -> str:
@@ -60,14 +59,16 @@ def run(options: Options) -> str:
             for case in chosen:
                 if case.num_stages == num_stages:
                     options.say(f"step time: {case.model}, {num_stages} stages, m = {case.num_microbatches}")
-                    measured.append(_measure(fleet, case, options.rounds(full=30, quick=3)))
+                    measured.append(_measure(fleet, case, options))
     return "\n\n".join([TEXT, _seconds_table(measured), _ratio_table(measured, options.num_cores)])
 
 
-def _measure(fleet: Fleet, case: Case, rounds: int) -> Measured:
-    plans = tasks.plans(TASKS[case.model], case.num_stages, case.num_microbatches)
-    fleet.load(TASKS[case.model], plans)
-    return Measured(case, plans["gpipe"], interleave(fleet.turns(), rounds))
+def _measure(fleet: Fleet, case: Case, options: Options) -> Measured:
+    task = MODELS[case.model](case.num_microbatches)
+    plans = tasks.plans(task, case.num_stages, case.num_microbatches)
+    fleet.load(task, plans)
+    rounds = interleave(fleet.turns(options.slice_seconds), options.rounds(full=30, quick=4), options.most_seconds)
+    return Measured(case, plans["gpipe"], rounds)
 
 
 def _seconds_table(measured: list[Measured]) -> str:

@@ -63,15 +63,15 @@ class SeparableBlock(nn.Module):
         return x + torch.relu(self.pointwise(self.depthwise(x)))
 
 
-def convnet() -> Built:
-    """Returns a convnet that hands on 8.4 MB per sample (32 × 256 × 256 floats) at every cut, and 16 samples."""
+def convnet(num_samples: int) -> Built:
+    """Returns a convnet that hands on 8.4 MB per sample (32 × 256 × 256 floats) at every cut."""
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     with _seeded():
         layers["stem"] = nn.Conv2d(3, 32, 3, padding=1)
-        for i in range(4):
+        for i in range(3):
             layers[f"b{i}"] = SeparableBlock(32)
         layers["head"] = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, 10))
-        batch = torch.randn(16, 3, 256, 256), torch.randint(10, (16,))
+        batch = torch.randn(num_samples, 3, 256, 256), torch.randint(10, (num_samples,))
     return Built(nn.Sequential(layers), batch, nn.functional.cross_entropy, _adamw)
 
 
@@ -81,6 +81,14 @@ def near_empty() -> Built:
         model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(4)))
         batch = torch.randn(32, 4), torch.randn(32, 4)
     return Built(model, batch, nn.functional.mse_loss, partial(torch.optim.SGD, lr=1e-3))
+
+
+MODELS: dict[str, Callable[[int], Task]] = {
+    "gpt": lambda _: gpt,
+    "mlp": lambda _: mlp,
+    "convnet": lambda num_microbatches: partial(convnet, num_microbatches),
+}
+"""The models that train: a task by number of micro-batches. The convnet's have one sample, the others' batches stay."""
 
 
 class Source(nn.Module):

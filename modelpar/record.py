@@ -1,0 +1,103 @@
+"""What a training has measured so far, and the numbers it leaves: Record."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import fmean, median
+from typing import Any
+
+from modelpar.planning.analysis import analyse
+from modelpar.planning.plan import Plan
+from modelpar.planning.result import StepResult
+
+SCHEMA_VERSION = 1
+_WARMUP_STEPS = 3
+"""Steps at the beginning that do not count towards measured times, where there are enough others."""
+
+
+@dataclass
+class Record:
+    """The steps and held-out losses of a training that may still go on."""
+
+    plan: Plan
+    results: list[StepResult] = field(default_factory=list)
+    step_seconds: list[float] = field(default_factory=list)
+    """Wall-clock time from one finished step to the next."""
+    heldout: list[tuple[int, float]] = field(default_factory=list)
+    """(number of steps done, loss)."""
+
+    @property
+    def measured_step_seconds(self) -> float:
+        """The median of the settled steps."""
+        return median(_settled(self.step_seconds))
+
+    @property
+    def bubble(self) -> float:
+        """The mean over the settled steps."""
+        return fmean(result.timeline.bubble for result in _settled(self.results))
+
+    def utilization(self) -> tuple[float, ...]:
+        """Returns per stage the share of time in which its rank computed, a mean over the settled steps."""
+        return tuple(stage["utilization"] for stage in self._stages())
+
+    def metrics(self) -> dict[str, float]:
+        """Returns the numbers by which people compare runs."""
+        metrics = {"loss": self.results[-1].loss, "step_seconds": self.measured_step_seconds, "bubble": self.bubble}
+        return {**metrics, "heldout_loss": self.heldout[-1][1]} if self.heldout else metrics
+
+    def to_json(self, status: str, baseline: tuple[str, float] | None) -> dict[str, Any]:
+        """Returns what result.json holds: times in seconds, memory in bytes, all else shares of 1 and losses.
+
+        `status` is "done", "interrupted" or "failed".
+        """
+        prediction = self.plan.prediction
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "status": status,
+            "steps": len(self.results),
+            "losses": [result.loss for result in self.results],
+            "heldout_losses": [{"steps": steps, "loss": loss} for steps, loss in self.heldout],
+            "baseline": list(baseline) if baseline else None,
+            "step_seconds": self.step_seconds,
+            "measured_step_seconds": self.measured_step_seconds if self.results else None,
+            "predicted_step_seconds": prediction.step_seconds if prediction else None,
+            "bubble": self.bubble if self.results else None,
+            "predicted_bubble": prediction.bubble if prediction else None,
+            "num_threads": self.plan.num_threads,
+            "stages": self._stages(),
+        }
+
+    def _stages(self) -> list[dict[str, Any]]:
+        plan = self.plan
+        analyses = [analyse(result.timeline) for result in _settled(self.results)]
+        peaks = self.results[-1].peak_bytes if self.results else ()
+        owners = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
+        seen: set[str] = set()
+        stages = []
+        for stage, rank in enumerate(plan.schedule.stage_to_rank):
+            layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
+            own = {owners.get(p.name, p.name): p for layer in layers for p in layer.parameters if p.trainable}
+            times = [analysis.ranks[rank] for analysis in analyses]
+            stages.append(
+                {
+                    "rank": rank,
+                    "device": plan.cluster.devices[rank],
+                    "balance": len(layers),
+                    "layers": [layer.name for layer in layers],
+                    "parameters": sum(math.prod(p.shape) for name, p in own.items() if name not in seen),
+                    "utilization": fmean(time.utilization for time in times) if times else None,
+                    "wait": fmean(time.wait / a.makespan for time, a in zip(times, analyses, strict=True))
+                    if times
+                    else None,
+                    "peak_bytes": peaks[rank] if peaks else None,
+                }
+            )
+            seen |= set(own)
+        return stages
+
+
+def _settled(values: Sequence[Any]) -> Sequence[Any]:
+    """Leaves out the first steps, where there are enough others."""
+    return values[_WARMUP_STEPS:] if len(values) > 2 * _WARMUP_STEPS else values
