@@ -1,9 +1,12 @@
 """The folder of a run: its names, its files written whole or not at all, and the weights read back from it."""
 
 import json
+import shlex
+import subprocess
 
 import pytest
 import torch
+from conftest import ROOT
 from safetensors import safe_open
 from torch import nn
 
@@ -69,6 +72,13 @@ def test_results_are_replaced_whole(tmp_path):
     with pytest.raises(TypeError):
         run.write_result({"losses": object()})
     assert json.loads(run.result.read_text()) == {"losses": [1.5, 1.25]}
+
+
+def test_the_command_to_view_a_run_can_be_typed(tmp_path):
+    command = shlex.split(RunDir.create(tmp_path, "my [bold] run", "").view_command())
+    assert command[-2:] == ["view", str(tmp_path / "my [bold] run")]
+    shown = subprocess.run([*command[:-1], "--help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert "usage: modelpar view" in shown.stdout
 
 
 def test_tied_weights_are_stored_once(run):

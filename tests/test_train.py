@@ -92,7 +92,7 @@ def test_the_screen_says_what_happened(trained):
     assert f"{result['baseline'][1]:.4f}" in heldout
     assert any(line.startswith("utilization") and "stage 1" in line for line in lines)
     assert any(line.startswith("step time") and "measured" in line and "predicted" in line for line in lines)
-    assert lines[-1] == "modelpar view runs/run"
+    assert lines[-1].endswith(" view runs/run")
 
 
 NUMBER = (int, float)
@@ -145,7 +145,7 @@ def test_the_result_adds_up_over_the_stages(trained):
         assert {name: value for name, value in stage.items() if not isinstance(value, STAGE[name])} == {}
         assert stage["balance"] == len(stage["layers"])
         assert 0 < stage["utilization"] <= 1
-        assert 0 <= stage["wait"] < max(result["step_seconds"])
+        assert 0 <= stage["wait"] < 1
         assert stage["peak_bytes"] > 0
     assert [name for stage in result["stages"] for name in stage["layers"]] == [
         name for name, _ in model.named_children()
@@ -294,7 +294,7 @@ def test_two_runs_at_once_get_folders_of_their_own(folder):
 def test_weights_are_not_lost_on_a_folder_with_odd_letters(folder):
     outcome = call("train", *MLP, *THREADS, *FEW[:-1], "training.steps=1", "output.name='my [bold] run'")
     assert outcome.code == 0
-    assert outcome.out.splitlines()[-1] == "modelpar view 'runs/my [bold] run'"
+    assert outcome.out.splitlines()[-1].endswith(" view 'runs/my [bold] run'")
     assert listing(folder / "runs" / "my [bold] run") == FILES
 
 
@@ -437,7 +437,7 @@ def test_ctrl_c_ends_after_the_step_and_saves_everything(tmp_path, monkeypatch):
     outcome = command.outcome()
     assert outcome.code == 130
     assert outcome.err == "modelpar: stopping after the step under way; once more ends it at once\n"
-    assert "modelpar view runs/run" in outcome.out
+    assert outcome.out.splitlines()[-1].endswith(" view runs/run")
     assert command.left() == []
     steps = result_of(tmp_path)["steps"]
     assert 6 <= steps < 1000000

@@ -64,6 +64,9 @@ def arrays(path: str, heldout: float = 0.1) -> Arrays:
     file = Path(path).expanduser()
     try:
         with file.open("rb") as opened:
+            if opened.read(2) not in (b"PK", b"\x93N"):  # numpy would take it for a pickle, and say so
+                raise ConfigError(f"data.path={path!r} cannot be read as an .npz file: it is of another kind")
+            opened.seek(0)
             loaded = np.load(opened, allow_pickle=False)
             if not isinstance(loaded, np.lib.npyio.NpzFile):
                 raise ConfigError(f"{path} holds a single array; expected an .npz file with inputs and targets")

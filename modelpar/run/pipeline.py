@@ -25,7 +25,7 @@ from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
 from modelpar.run import wire
 from modelpar.run.stage_runner import RunContext
-from modelpar.run.update import OptimizerFactory, Settings
+from modelpar.run.update import OptimizerFactory, Settings, check_settings
 from modelpar.run.workers import Workers
 
 
@@ -80,12 +80,9 @@ class Pipeline:
     ):
         if workers is not None and workers.num_ranks < plan.num_ranks:
             raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
-        if max_norm is not None and not max_norm > 0:
-            raise ConfigError(f"max_norm is {max_norm}; expected a number above 0, or None")
-        if optimizer is not None:
-            _check_optimizer(optimizer, lr_schedule)
         self._objective, self._plan = objective, plan
         self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
+        check_settings(self._settings)
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
@@ -328,25 +325,6 @@ def _checked(batch: Any) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigError(f"the batch is a {type(batch).__name__}; expected a pair (inputs, targets)")
     return batch[0], batch[1]
-
-
-def _check_optimizer(optimizer: OptimizerFactory, lr_schedule: Callable[[torch.optim.Optimizer], Any] | None) -> None:
-    """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts."""
-    try:
-        made = optimizer([("probe", nn.Parameter(torch.zeros(1)))])
-        schedule = lr_schedule(made) if lr_schedule is not None else None
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"the optimizer or its learning-rate schedule cannot be made: {error}") from error
-    if not isinstance(made, torch.optim.Optimizer):
-        raise ConfigError(
-            f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
-        )
-    if isinstance(made, torch.optim.LBFGS):
-        raise ConfigError(
-            "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
-        )
-    if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-        raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
 
 
 def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelpar.errors import ConfigError
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run.exchange import Exchange
@@ -34,6 +35,38 @@ class Settings:
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     max_norm: float | None = None
     seed: int = 0
+
+
+def check_settings(settings: Settings) -> None:
+    """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts.
+
+    Raises ConfigError. It takes one step of an optimizer that has nothing to do: some schedules find out only then that
+    their arguments are impossible.
+    """
+    if settings.max_norm is not None and not settings.max_norm > 0:
+        raise ConfigError(f"max_norm is {settings.max_norm}; expected a number above 0, or None")
+    if settings.optimizer is None:
+        return
+    try:
+        made = settings.optimizer([("probe", nn.Parameter(torch.zeros(1)))])
+        schedule = settings.lr_schedule(made) if settings.lr_schedule else None
+        if not isinstance(made, torch.optim.Optimizer):
+            raise ConfigError(
+                f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
+            )
+        if isinstance(made, torch.optim.LBFGS):
+            raise ConfigError(
+                "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
+            )
+        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
+        made.step()
+        if schedule is not None:
+            schedule.step()
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ConfigError(f"the optimizer or its learning-rate schedule cannot be used: {error}") from error
 
 
 class Update:

@@ -95,4 +95,3 @@ class Fleet:
 
     def _hosts(self) -> list[Host]:
         return [*self.modelpar.values(), *self.torch, *self.unsplit.values()]
-

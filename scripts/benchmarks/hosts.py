@@ -37,8 +37,8 @@ class Host:
         with Host(partial(Unsplit, 1)) as host:
             host.call("load", task)
 
-    Entering starts the process; the first call waits for the object. So several hosts start at once. Whatever goes wrong
-    in the process is raised here as HostError with its traceback.
+    Entering starts the process; the first call waits for the object. So several hosts start at once. Whatever goes
+    wrong in the process is raised here as HostError with its traceback.
     """
 
     def __init__(self, make: Callable[[], AbstractContextManager[Any]]):

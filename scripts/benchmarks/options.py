@@ -30,7 +30,7 @@ class Options:
     @property
     def most_seconds(self) -> float:
         """After how long a case begins no more rounds, so that a busy machine makes no quick run a long one."""
-        return 10.0 if self.quick else 600.0
+        return 5.0 if self.quick else 600.0
 
     @property
     def num_cores(self) -> int:

@@ -1,4 +1,4 @@
-"""Contenders side by side: each round runs all of them in random order, so that a drift of the machine hits all alike."""
+"""Contenders side by side: each round runs all of them in random order, so that a machine's drift hits all alike."""
 
 from __future__ import annotations
 
@@ -69,7 +69,11 @@ def interleave(
     begun = perf_counter()
     order = random.Random(seed)
     rounds: list[Round[T]] = []
-    while sum(not each.disturbed for each in rounds) < count and len(rounds) < MOST * count and perf_counter() - begun < most_seconds:
+    while (
+        sum(not each.disturbed for each in rounds) < count
+        and len(rounds) < MOST * count
+        and perf_counter() - begun < most_seconds
+    ):
         values: dict[str, T] = {}
         foreign: list[float] = []
         for name in order.sample(list(contenders), len(contenders)):

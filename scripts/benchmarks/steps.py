@@ -10,19 +10,20 @@ from benchmarks.contenders import Lap
 from benchmarks.fleet import TRANSPORTS, Fleet
 from benchmarks.markdown import table
 from benchmarks.options import Options
-from benchmarks.rounds import Rounds, interleave
+from benchmarks.rounds import QUIET, Rounds, interleave
 from benchmarks.tasks import MODELS, SCHEDULES
 from modelpar.planning.plan import Plan
 
 UNSPLIT = ("unsplit 1 thread", "unsplit all threads")
 
-TEXT = """\
-Each contender trains on the same batch with the same layers, AdamW, and one thread per rank; modelpar and torch have the
-same stages and micro-batches. In every round each contender gets one turn, in random order, while the others wait; a turn is
-some steps in a row, of which the first does not count. Cells are medians over rounds with their quartiles; ratios are
-made within a round. *Ideal* is max over stages (compute + optimizer) × (m + s − 1) / m of the contender's own spans
-during which all ranks compute; with more ranks than cores it says nothing and is left out. modelpar also
-sends every batch from the controller, computes the gradient norm and checks the loss; torch's ranks have the batch already."""
+TEXT = f"""\
+Each contender trains on the same batch with the same layers, AdamW, and one thread per rank; modelpar and torch have
+the same stages and micro-batches. In every round each contender gets one turn, in random order, while the others wait;
+a turn is some steps in a row, of which the first does not count. Cells are medians over rounds with their quartiles;
+ratios are made within a round. *Ideal* is max over stages (compute + optimizer) × (m + s − 1) / m of the contender's
+own spans during which all ranks compute; with more ranks than cores it says nothing and is left out. modelpar also
+sends every batch from the controller, computes the gradient norm and checks the loss; torch's ranks have the batch
+already. A round is dropped where other processes kept more than {QUIET:g} cores busy during a turn."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ def _measure(fleet: Fleet, case: Case, options: Options) -> Measured:
     task = MODELS[case.model](case.num_microbatches)
     plans = tasks.plans(task, case.num_stages, case.num_microbatches)
     fleet.load(task, plans)
-    rounds = interleave(fleet.turns(options.slice_seconds), options.rounds(full=30, quick=4), options.most_seconds)
+    rounds = interleave(fleet.turns(options.slice_seconds), options.rounds(full=30, quick=3), options.most_seconds)
     return Measured(case, plans["gpipe"], rounds)
 
 
