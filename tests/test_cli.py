@@ -99,10 +99,10 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} training.seed=-1", "training.seed is -1; expected at least 0"),
         (f"{GPT_WORDS} training.eval_every=-1", "training.eval_every is -1; expected at least 0"),
         (f"{GPT_WORDS} training.max_norm=-1", "max_norm is -1; expected a number above 0, or None"),
-        (f"{GPT_WORDS} optimizer.lr=-1", "the optimizer .* cannot be made: Invalid learning rate: -1"),
-        (f"{GPT_WORDS} +optimizer.speed=1", "the optimizer .* cannot be made: .*unexpected keyword argument 'speed'"),
+        (f"{GPT_WORDS} optimizer.lr=-1", "the optimizer .* cannot be used: Invalid learning rate: -1"),
+        (f"{GPT_WORDS} +optimizer.speed=1", "the optimizer .* cannot be used: .*unexpected keyword argument 'speed'"),
         (f"{GPT_WORDS} optimizer._target_=torch.optim.Magic", "optimizer cannot be made: .*torch.optim.Magic.*"),
-        (f"{GPT_WORDS} lr_schedule.warmup=2", "the optimizer .* cannot be made: warmup is 2 and final .*"),
+        (f"{GPT_WORDS} lr_schedule.warmup=2", "the optimizer .* cannot be used: warmup is 2 and final .*"),
         (f"{GPT_WORDS} schedule=fill_drain", "the schedule has no backward; expected one that trains, such as .*"),
         (
             f"{GPT_WORDS} partition=manual partition.balance=[1,2]",

@@ -185,7 +185,7 @@ def test_the_same_combination_twice_is_one(folder):
         ("comparison.rounds=0", "comparison.rounds is 0; expected at least 1"),
         ("comparison.round=1", r"comparison.round is unknown; did you mean comparison.rounds\? expected one of .*"),
         ("schedule=fill_drain,gpipe", "the schedule has no backward; expected one that trains, such as schedule=1f1b"),
-        ("optimizer.lr=0.1,-1", "the optimizer or .* cannot be made: Invalid learning rate: -1"),
+        ("optimizer.lr=0.1,-1", "the optimizer or .* cannot be used: Invalid learning rate: -1"),
         ("pipeline.num_ranks=2,9", "9 stages, but the model has 4 layers .*; expected at most 4"),
     ],
 )

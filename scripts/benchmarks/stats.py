@@ -8,7 +8,7 @@ from statistics import median, quantiles
 
 from modelpar.planning.timeline import COMPUTE, Span, Timeline
 
-OVERLAP = 0.9
+OVERLAP = 0.75
 """Share of a span during which all other ranks must compute too for the span to count as measured under load."""
 
 
