@@ -115,10 +115,11 @@ def test_a_table_aligns_numbers_to_the_right():
 def test_a_host_does_calls_in_a_process_of_its_own_and_reports_failures(tmp_path):
     file = tmp_path / "text"
     file.write_text("hello")
-    with pytest.raises(HostError, match="no attribute 'nothing'"), Host(partial(open, file)) as host:
+    with Host(partial(open, file)) as host:
         assert host.pid in load.tree(host.pid)
         assert host.call("read") == "hello"
-        host.call("nothing")
+        with pytest.raises(HostError, match="no attribute 'nothing'"):
+            host.call("nothing")
     assert not Path(f"/proc/{host.pid}").exists()
 
 

@@ -102,7 +102,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} optimizer.lr=-1", "the optimizer .* cannot be used: Invalid learning rate: -1"),
         (f"{GPT_WORDS} +optimizer.speed=1", "the optimizer .* cannot be used: .*unexpected keyword argument 'speed'"),
         (f"{GPT_WORDS} optimizer._target_=torch.optim.Magic", "optimizer cannot be made: .*torch.optim.Magic.*"),
-        (f"{GPT_WORDS} lr_schedule.warmup=2", "the optimizer .* cannot be used: warmup is 2 and final .*"),
+        (f"{GPT_WORDS} lr_schedule.warmup=2", "warmup is 2 and final .*"),
         (f"{GPT_WORDS} schedule=fill_drain", "the schedule has no backward; expected one that trains, such as .*"),
         (
             f"{GPT_WORDS} partition=manual partition.balance=[1,2]",
