@@ -65,7 +65,7 @@ def _profile(
     num_samples = batch_size(inputs, objective.batch_dim)
     costs: list[LayerCost] = []
     known: dict[Any, LayerCost] = {}
-    value: Any = pytree.tree_map_only(Tensor, lambda t: t.to(device), inputs)
+    value, targets = (pytree.tree_map_only(Tensor, lambda t: t.to(device), part) for part in (inputs, targets))
     children = list(model._modules.values())
     with untouched(model):
         for i, (layer, child) in enumerate(zip(graph.layers, children, strict=True)):
