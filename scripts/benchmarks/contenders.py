@@ -105,7 +105,11 @@ class Torch(Contender):
     """One rank of torch.distributed.pipelining over gloo: one stage, made by hand of the same layers."""
 
     def __init__(self, rank: int, num_ranks: int, store: str):
+        from torch.distributed import pipelining  # takes seconds, which only these processes need to spend
+
+        self._pipelining = pipelining
         torch.set_num_threads(1)
+        _warm_up()
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self._rank, self._num_ranks = rank, num_ranks
         dist.init_process_group(
@@ -119,13 +123,11 @@ class Torch(Contender):
 
     def load(self, key: str, task: Task, bounds: tuple[int, ...], schedule: str, num_microbatches: int) -> float:
         """Makes this rank's stage and joins the others in a few steps; `bounds` are those of modelpar's partition."""
-        from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleGPipe
-
         built = task()
         layers = list(built.model.named_children())[bounds[self._rank] : bounds[self._rank + 1]]
         module = nn.Sequential(*(layer for _, layer in layers))
-        stage = PipelineStage(module, self._rank, self._num_ranks, torch.device("cpu"))
-        kind = {"gpipe": ScheduleGPipe, "1f1b": Schedule1F1B}[schedule]
+        stage = self._pipelining.PipelineStage(module, self._rank, self._num_ranks, torch.device("cpu"))
+        kind = {"gpipe": self._pipelining.ScheduleGPipe, "1f1b": self._pipelining.Schedule1F1B}[schedule]
         parameters = list(module.parameters())
         optimizer = built.optimizer(parameters) if parameters else None
         self._loaded[key] = kind(stage, num_microbatches, loss_fn=built.loss), optimizer, built
@@ -162,27 +164,38 @@ class Torch(Contender):
 
 
 class Unsplit(Contender):
-    """The whole model in one process, one full batch per step."""
+    """The whole model in one process, on full batches or on micro-batches one after the other, as is faster.
+
+    Micro-batches can be much faster: tensors of more than 32 MB are new to the process each time, page by page.
+    """
 
     def __init__(self, num_threads: int):
         torch.set_num_threads(num_threads)
-        self._loaded: dict[str, tuple[Any, Built]] = {}
+        _warm_up()
+        self._loaded: dict[str, tuple[Any, Built, int]] = {}
 
-    def load(self, key: str, task: Task) -> float:
-        """Makes the model."""
+    def load(self, key: str, task: Task, num_microbatches: int) -> tuple[float, int]:
+        """Makes the model; returns the seconds of a step and into how many pieces its batch is cut."""
         built = task()
-        self._loaded[key] = built.optimizer(built.model.parameters()), built
-        return step_seconds(self.steps(key, WARM_STEPS).ends)
+        optimizer = built.optimizer(built.model.parameters())
+        found = []
+        for pieces in (1, num_microbatches):
+            self._loaded[key] = optimizer, built, pieces
+            found.append((step_seconds(self.steps(key, WARM_STEPS).ends), pieces))
+        self._loaded[key] = optimizer, built, min(found)[1]
+        return min(found)
 
     def steps(self, key: str, count: int) -> Lap:
         """Trains."""
-        optimizer, built = self._loaded[key]
-        inputs, targets = built.batch
+        optimizer, built, pieces = self._loaded[key]
+        inputs, targets = (part.tensor_split(pieces) for part in built.batch)
         ends = []
         for _ in range(1 + count):
-            loss = built.loss(built.model(inputs), targets)
-            loss.backward()
-            float(loss.detach())
+            total = 0.0
+            for x, y in zip(inputs, targets, strict=True):
+                loss = built.loss(built.model(x), y) / pieces
+                loss.backward()
+                total += float(loss.detach())
             optimizer.step()
             optimizer.zero_grad()
             ends.append(perf_counter())
@@ -191,3 +204,11 @@ class Unsplit(Contender):
     def unload(self) -> None:
         """Drops all models."""
         self._loaded.clear()
+
+
+def _warm_up() -> None:
+    """Trains once: the first time loads code for seconds, which all processes do at once here, while they start."""
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.sum().backward()
+    optimizer.step()

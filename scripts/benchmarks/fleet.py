@@ -31,6 +31,8 @@ class Fleet:
         self._plans: Mapping[str, Plan] = {}
         self._seconds: dict[str, float] = {}
         """About how long a step takes, by contender."""
+        self.unsplit_pieces: dict[str, int] = {}
+        """Into how many pieces the unsplit model's batch is cut, by contender: as is faster for it."""
 
     def __enter__(self) -> Self:
         with ExitStack() as exits:
@@ -47,6 +49,9 @@ class Fleet:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if error is None:
+            for host in self._hosts():
+                host.stop()
         self._exits.__exit__(kind, error, trace)
 
     def load(self, task: Task, plans: Mapping[str, Plan]) -> None:
@@ -60,7 +65,7 @@ class Fleet:
             arguments = schedule, task, plan.partition.bounds, schedule, plan.num_microbatches
             self._seconds[f"torch {schedule}"] = max(call_together(self.torch, "load", *arguments))
         for name, host in self.unsplit.items():
-            self._seconds[name] = host.call("load", "", task)
+            self._seconds[name], self.unsplit_pieces[name] = host.call("load", "", task, plan.num_microbatches)
 
     def turns(self, seconds: float) -> dict[str, Callable[[], Lap]]:
         """Returns what each contender does in a round, by name: "rpc gpipe", "torch 1f1b", "unsplit 1 thread", …

@@ -63,10 +63,15 @@ class Host:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if error is None:
-            with suppress(OSError, subprocess.TimeoutExpired):
-                self._connection.send(None)
+            self.stop()
+            with suppress(subprocess.TimeoutExpired):
                 self._process.wait(_STOP_SECONDS)
         self._end()
+
+    def stop(self) -> None:
+        """Tells the process to end, without waiting, so that several can do so at once."""
+        with suppress(OSError):
+            self._connection.send(None)
 
     @property
     def pid(self) -> int:
@@ -132,10 +137,12 @@ def main() -> None:
                 method, arguments = command
                 connection.send((None, getattr(served, method)(*arguments)))
     except (EOFError, BrokenPipeError):
-        return
+        pass
     except BaseException:
         with suppress(OSError):
             connection.send((traceback.format_exc(), None))
+    sys.stderr.flush()
+    os._exit(0)  # everything is closed, and taking torch apart takes long
 
 
 def _exit_with_parent() -> None:

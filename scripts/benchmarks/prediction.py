@@ -64,7 +64,7 @@ def _model(
         for schedule, plan in plans.items():
             host.call("load", "", task, plan)  # one at a time: what another keeps would count towards the peak
             before = load.mark()
-            lap = host.call("single_steps", "", options.rounds(full=12, quick=4))
+            lap = host.call("single_steps", "", options.rounds(full=12, quick=3))
             foreign = load.foreign_load(before, load.mark())
             host.call("unload")
             assert plan.prediction

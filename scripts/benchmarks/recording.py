@@ -34,7 +34,7 @@ def run(options: Options) -> str:
     event = event_seconds()
     rows = []
     with Host(partial(Modelpar, "rpc", NUM_RANKS)) as host:
-        for model in ("gpt",) if options.quick else tasks.MODELS:
+        for model in ("mlp",) if options.quick else tasks.MODELS:
             task = tasks.MODELS[model](NUM_MICROBATCHES)
             plan = tasks.plans(task, NUM_RANKS, NUM_MICROBATCHES)["1f1b"]
             host.call("load", model, task, plan)

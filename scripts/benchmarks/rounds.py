@@ -87,8 +87,8 @@ def interleave(
 
 
 def keep_quiet(rounds: Sequence[Round[T]], count: int) -> Rounds[T]:
-    """Drops disturbed rounds; keeps all where fewer than half of the rounds wanted were quiet, and says so."""
+    """Drops disturbed rounds; keeps all, and says so, where less than half of those wanted, or run, would be left."""
     quiet = [each for each in rounds if not each.disturbed]
-    if 2 * len(quiet) < count:
+    if 2 * len(quiet) < min(count, len(rounds)):
         return Rounds(rounds, 0, disturbed=True)
     return Rounds(quiet, len(rounds) - len(quiet), disturbed=False)

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from functools import partial
 from time import perf_counter
 
 from benchmarks import stats
@@ -25,10 +27,11 @@ its first step; and how long `{_IMPORT}` alone takes in a new process."""
 def run(options: Options) -> str:
     """Measures 2 and 4 ranks; returns a table."""
     options.say("command to first step")
-    turns = {f"{ranks} ranks": lambda ranks=ranks: first_step_seconds(ranks) for ranks in (2, 4)}
-    rounds = interleave(turns | {_IMPORT: _import_seconds}, options.rounds(full=10, quick=1), options.most_seconds)
-    head = [*turns, _IMPORT, "rounds"]
-    cells = [stats.text(rounds.summary(lambda values, name=name: values[name]), 1) for name in (*turns, _IMPORT)]
+    turns: dict[str, Callable[[], float]] = {f"{ranks} ranks": partial(first_step_seconds, ranks) for ranks in (2, 4)}
+    turns[_IMPORT] = _import_seconds
+    rounds = interleave(turns, options.rounds(full=10, quick=1), options.most_seconds)
+    head = [*turns, "rounds"]
+    cells = [stats.text(rounds.summary(lambda values, name=name: values[name]), 1) for name in turns]
     return f"{TEXT}\n\n{table(head, [[*cells, rounds.note]])}"
 
 

@@ -23,7 +23,8 @@ a turn is some steps in a row, of which the first does not count. Cells are medi
 ratios are made within a round. *Ideal* is max over stages (compute + optimizer) × (m + s − 1) / m of the contender's
 own spans during which all ranks compute; with more ranks than cores it says nothing and is left out. modelpar also
 sends every batch from the controller, computes the gradient norm and checks the loss; torch's ranks have the batch
-already. A round is dropped where other processes kept more than {QUIET:g} cores busy during a turn."""
+already. The unsplit model takes its batch whole or in m pieces, as is faster: *unsplit in* says which, for 1 thread and
+for all. A round is dropped where other processes kept more than {QUIET:g} cores busy during a turn."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +43,13 @@ class Measured:
     case: Case
     plan: Plan
     rounds: Rounds[Lap]
+    unsplit_pieces: dict[str, int]
 
 
 def cases(quick: bool) -> list[Case]:
     """Returns what is measured, by number of stages, since each number needs processes of its own."""
     if quick:
-        return [*(Case(model, 2, 8) for model in MODELS), Case("gpt", 4, 8)]
+        return [Case("gpt", 2, 8), Case("mlp", 2, 8), Case("convnet", 2, 4), Case("gpt", 4, 8)]
     return [Case(model, 2, m) for model in MODELS for m in (4, 8, 16)] + [Case(model, 4, 8) for model in MODELS]
 
 
@@ -56,7 +58,7 @@ def run(options: Options) -> str:
     measured = []
     chosen = cases(options.quick)
     for num_stages in dict.fromkeys(case.num_stages for case in chosen):
-        with Fleet(num_stages) as fleet:
+        with Fleet(num_stages, unsplit=not options.quick or num_stages == 2) as fleet:
             for case in chosen:
                 if case.num_stages == num_stages:
                     options.say(f"step time: {case.model}, {num_stages} stages, m = {case.num_microbatches}")
@@ -69,17 +71,19 @@ def _measure(fleet: Fleet, case: Case, options: Options) -> Measured:
     plans = tasks.plans(task, case.num_stages, case.num_microbatches)
     fleet.load(task, plans)
     rounds = interleave(fleet.turns(options.slice_seconds), options.rounds(full=30, quick=3), options.most_seconds)
-    return Measured(case, plans["gpipe"], rounds)
+    return Measured(case, plans["gpipe"], rounds, dict(fleet.unsplit_pieces))
 
 
 def _seconds_table(measured: list[Measured]) -> str:
     pipelines = [f"{name} {schedule}" for name in (*TRANSPORTS, "torch") for schedule in SCHEDULES]
-    head = ["model, stages, m", "balance", "MB per cut", *pipelines, *UNSPLIT, "rounds"]
+    head = ["model, stages, m", "balance", "MB per cut", *pipelines, *UNSPLIT, "unsplit in", "rounds"]
     rows = []
     for each in measured:
         cells = [stats.text(each.rounds.summary(_seconds(name)), 1, 1e3) for name in (*pipelines, *UNSPLIT)]
         balance = "-".join(map(str, each.plan.partition.balance))
-        rows.append([_name(each.case), balance, f"{tasks.cut_bytes(each.plan) / 1e6:.2f}", *cells, each.rounds.note])
+        crossing = f"{tasks.cut_bytes(each.plan) / 1e6:.2f}"
+        pieces = " and ".join(str(each.unsplit_pieces[name]) for name in UNSPLIT if name in each.unsplit_pieces)
+        rows.append([_name(each.case), balance, crossing, *cells, pieces or "–", each.rounds.note])
     return "Milliseconds per step\n\n" + table(head, rows)
 
 
@@ -110,12 +114,17 @@ def _name(case: Case) -> str:
     return f"{case.model}, {case.num_stages}, {case.num_microbatches}"
 
 
-def _seconds(name: str) -> Callable[[Mapping[str, Lap]], float]:
-    return lambda laps: stats.step_seconds(laps[name].ends)
+def _seconds(name: str) -> Callable[[Mapping[str, Lap]], float | None]:
+    return lambda laps: stats.step_seconds(laps[name].ends) if name in laps else None
 
 
-def _ratio(over: str, under: str) -> Callable[[Mapping[str, Lap]], float]:
-    return lambda laps: stats.step_seconds(laps[over].ends) / stats.step_seconds(laps[under].ends)
+def _ratio(over: str, under: str) -> Callable[[Mapping[str, Lap]], float | None]:
+    def ratio(laps: Mapping[str, Lap]) -> float | None:
+        if under not in laps:
+            return None
+        return stats.step_seconds(laps[over].ends) / stats.step_seconds(laps[under].ends)
+
+    return ratio
 
 
 def _ideal(name: str, num_microbatches: int) -> Callable[[Mapping[str, Lap]], float | None]:
