@@ -35,6 +35,9 @@ SECTIONS = {
     "prediction": Section("Prediction", prediction.run),
 }
 
+NOT_QUICK = ("processes", "recording")
+"""Sections that cannot be shortened: --quick leaves them out unless --only names them."""
+
 
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the sections asked for; returns the exit code."""
@@ -43,7 +46,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = Options(arguments.quick, arguments.rounds, perf_counter())
     parts = ["# Benchmarks", markdown.provenance()]
     try:
-        for name in arguments.only or SECTIONS:
+        for name in arguments.only or [name for name in SECTIONS if not (options.quick and name in NOT_QUICK)]:
             begun = perf_counter()
             text = SECTIONS[name].run(options)
             parts.append(f"## {SECTIONS[name].title}\n\n{text}")
@@ -63,7 +66,9 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="scripts/bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="fewer cases and rounds: about two minutes")
+    parser.add_argument(
+        "--quick", action="store_true", help="fewer cases and rounds: two minutes; without " + " and ".join(NOT_QUICK)
+    )
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}"
     )

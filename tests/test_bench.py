@@ -72,11 +72,17 @@ def test_the_parts_of_a_step_add_up_to_it():
 
 
 def test_foreign_load_is_what_the_machine_did_and_we_did_not():
-    before = load.Mark(wall=10.0, machine=100.0, own={1: 5.0, 2: 7.0})
-    after = load.Mark(wall=12.0, machine=103.5, own={1: 6.0, 3: 0.5})  # 2 has ended, 3 is new
-    assert load.foreign_load(before, after) == pytest.approx((3.5 - 1.0 - 0.5) / 2)
-    assert load.foreign_load(before, load.Mark(11.0, 100.5, {1: 6.0})) == 0.0  # clocks that tick at other times
+    before = load.Mark(wall=10.0, machine=100.0, own=5.0)
+    after = load.Mark(wall=12.0, machine=103.5, own=6.5)
+    assert load.foreign_load(before, after) == pytest.approx(1.0)
+    assert load.foreign_load(before, load.Mark(11.0, 100.5, 6.0)) == 0.0  # clocks that tick at different times
     assert load.foreign_load(None, after) is None
+
+
+def test_what_children_used_before_they_ended_counts_as_ours():
+    before = load.mark()
+    subprocess.run([sys.executable, "-c", "while __import__('time').process_time() < 0.3: pass"], check=True)
+    assert load.mark().own - before.own >= 0.25
 
 
 def test_disturbed_rounds_are_dropped():

@@ -63,7 +63,7 @@ def test_a_model_may_return_its_own_loss(form):
 def test_a_mean_becomes_a_sum_and_a_loss_result_stays():
     assert loss_of(lambda output, targets: output.mean(), torch.ones(4), None, 4)[:2] == (4, 4)
     result = LossResult(torch.tensor(5.0), 7, {"hits": 0.5})
-    assert loss_of(lambda output, targets: result, None, None, 4) is result
+    assert loss_of(lambda output, targets: result, None, None, 4) == result
 
 
 @pytest.mark.parametrize(

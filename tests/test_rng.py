@@ -21,8 +21,8 @@ def test_keys_differ_in_every_part_and_fit_a_seed():
 
 
 def masks(random, model, x, step, microbatch):
-    random.begin(step, microbatch)
-    return model(x)
+    with random.microbatch(step, microbatch):
+        return model(x)
 
 
 def test_a_module_draws_the_same_wherever_it_is():
@@ -36,7 +36,9 @@ def test_a_module_draws_the_same_wherever_it_is():
     torch.manual_seed(2)
     torch.rand(5)
     state = torch.get_rng_state()
-    alone = masks(second, part, (x_after := whole[0].eval()(x)), 3, 2)
+    with first.microbatch(3, 2):
+        x_after = whole[0].eval()(x)
+    alone = masks(second, part, x_after, 3, 2)
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal((both != 0) & True, (both != 0) & (alone != 0))  # what is left is left by the second too
     assert not torch.equal(alone, masks(second, part, x_after, 3, 1))
@@ -49,11 +51,11 @@ def test_calls_of_one_module_differ_and_count_from_zero_again():
     model = nn.Sequential(drop)
     random = KeyedRandom(model, ["0"], 0, CPU)
     x = torch.ones(64)
-    random.begin(0, 0)
-    first, second = model(x), model(x)
-    random.begin(0, 0)
+    with random.microbatch(0, 0):
+        first, second = model(x), model(x)
     assert not torch.equal(first, second)
-    assert torch.equal(model(x), first)
+    with random.microbatch(0, 0):
+        assert torch.equal(model(x), first)
 
 
 def test_the_generator_is_restored_also_after_an_exception():
@@ -64,9 +66,9 @@ def test_the_generator_is_restored_also_after_an_exception():
 
     model = nn.Sequential(Bad())
     lock = threading.RLock()
-    KeyedRandom(model, ["0"], 0, CPU, lock).begin(0, 0)
     state = torch.get_rng_state()
-    with pytest.raises(ValueError, match="no"):
+    random = KeyedRandom(model, ["0"], 0, CPU, lock)
+    with random.microbatch(0, 0), pytest.raises(ValueError, match="no"):
         model(torch.ones(1))
     assert torch.equal(torch.get_rng_state(), state)
     taken = []

@@ -27,6 +27,8 @@ class StageProgram:
     """Name of the value it takes."""
     result: str | None
     """Name of the value it gives; None for the last stage, whose output meets the loss."""
+    result_needs_grad: bool
+    """Whether the plan has its gradient come back."""
     writes_input: bool
     draws: tuple[str, ...]
     """FQNs of the modules whose own forward draws random numbers."""
@@ -68,7 +70,7 @@ def cut_stage(model: nn.Sequential, loss: Callable[[Any, Any], Any] | None, plan
     layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
     values = [v for v in plan.stage_graph.values if v.name != "targets"]
     (source,) = [v.name for v in values if stage in v.consumers]
-    given = [v.name for v in values if v.producer == stage and v.producer != BATCH]
+    given = [v for v in values if v.producer == stage and v.producer != BATCH]
     last = stage == plan.num_stages - 1
     module = nn.Sequential(OrderedDict((layer.name, model._modules[layer.name]) for layer in layers))
     own = dict(module.named_parameters())
@@ -78,7 +80,8 @@ def cut_stage(model: nn.Sequential, loss: Callable[[Any, Any], Any] | None, plan
         stage=stage,
         module=module,
         source=source,
-        result=None if last else given[0],
+        result=None if last else given[0].name,
+        result_needs_grad=not last and given[0].needs_grad,
         writes_input=layers[0].writes_input,
         draws=tuple(dict.fromkeys(name for layer in layers for name in layer.draws)),
         tied=tied,

@@ -67,6 +67,9 @@ def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, n
     """
     found = loss(output, targets) if loss is not None else _own_loss(output)
     if isinstance(found, LossResult):
+        count = found.count.item() if isinstance(found.count, Tensor) else found.count
+        metrics = {name: float(value) for name, value in found.metrics.items()}
+        found = found._replace(count=count, metrics=metrics)
         if not isinstance(found.total, Tensor) or found.total.dim():
             raise CaptureError(f"LossResult.total is {_describe(found.total)}; expected a scalar tensor")
         return found
@@ -87,6 +90,13 @@ def batch_size(inputs: Any, batch_dim: int = 0) -> int:
     raise ConfigError(
         f"the batch has no tensor with dimension {batch_dim} to cut; expected (inputs, targets) with tensors"
     )
+
+
+def check_lengths(targets: Any, num_samples: int, batch_dim: int = 0) -> None:
+    """Raises ConfigError where targets have tensors that could be cut, and none has a length like the inputs'."""
+    lengths = [t.shape[batch_dim] for t in pytree.tree_leaves(targets) if isinstance(t, Tensor) and t.dim() > batch_dim]
+    if lengths and num_samples not in lengths:
+        raise ConfigError(f"the batch has {num_samples} inputs and {lengths[0]} targets; expected as many of each")
 
 
 def split_batch(tree: Any, sizes: list[int], batch_dim: int = 0) -> list[Any]:

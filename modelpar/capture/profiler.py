@@ -67,7 +67,7 @@ def _profile(
     known: dict[Any, LayerCost] = {}
     value, targets = (pytree.tree_map_only(Tensor, lambda t: t.to(device), part) for part in (inputs, targets))
     children = list(model._modules.values())
-    with untouched(model):
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
         for i, (layer, child) in enumerate(zip(graph.layers, children, strict=True)):
             assert child is not None
             home = next((p.device for p in child.parameters()), device)
@@ -85,7 +85,7 @@ def _profile(
             if not last:
                 with torch.no_grad():
                     value = forward(_fresh(value)[1])
-                value = pytree.tree_map_only(Tensor, lambda t: t.requires_grad_(t.is_floating_point()), value)
+                value = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), value)
             child.to(home)
     return Profile(
         layers=tuple(costs),

@@ -21,7 +21,8 @@ def structure(model: nn.Module) -> ModelGraph:
 
     Cuts that would separate two uses of one module that has buffers are not legal: both uses write to them.
 
-    Raises CaptureError unless the model is an nn.Sequential with its own forward.
+    Raises CaptureError unless the model is an nn.Sequential with its own forward, and where a parameter has what a
+    stage in another process would lose: hooks, or memory shared with a parameter of another layer.
     """
     if not isinstance(model, nn.Sequential) or type(model).forward is not nn.Sequential.forward:
         raise CaptureError(
@@ -30,6 +31,7 @@ def structure(model: nn.Module) -> ModelGraph:
     if not len(model):
         raise CaptureError("the model is an empty nn.Sequential; expected at least one layer")
     children = list(model._modules.items())  # named_children() leaves out a module's second use
+    _refuse_what_would_be_lost(children)
     layers = tuple(Layer(name, type(child).__name__, _tensors(name, child)) for name, child in children)
     together = [
         (i, j)
@@ -50,15 +52,19 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
     The forward finds the bytes that each layer hands on, the modules that draw random numbers, and the layers that
     write to their input. Buffers and random generators are as before afterwards.
 
-    Raises CaptureError where a layer or the loss fails on the batch, naming the layer.
+    Raises CaptureError where a layer or the loss fails on the batch, naming the layer, and for a loss that trains
+    parameters of its own or draws random numbers.
     """
+    if isinstance(objective.loss, nn.Module) and any(p.requires_grad for p in objective.loss.parameters()):
+        raise CaptureError("the loss has parameters of its own, which nobody would train; expected them in the model")
     model = objective.build() if model is None else model
     graph = structure(model)
     inputs, targets = batch
     num_samples = batch_size(inputs, objective.batch_dim)
-    layers, sizes, grads, passes = [], [], [], []
+    layers, sizes, grads, passes, opaque = [], [], [], [], set()
+    loss_draws = False
     value: Any = inputs
-    with untouched(model), _draws(model) as draws:
+    with torch.inference_mode(False), torch.enable_grad(), untouched(model), _draws(model) as draws:
         for i, (layer, child) in enumerate(zip(graph.layers, model._modules.values(), strict=True)):
             value = pytree.tree_map_only(Tensor, _fresh, value)
             versions = [t._version for t in _leaves(value)]
@@ -67,7 +73,9 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
             try:
                 value = call(child, value) if i == 0 else child(value)
                 if i == len(graph.layers) - 1:
+                    states = _generator_states()
                     loss_of(objective.loss, value, targets, num_samples)
+                    loss_draws = not all(map(torch.equal, states, _generator_states()))
             except Exception as error:
                 shapes = ", ".join(str(list(t.shape)) for t in received) or "no tensors"
                 what = f"layer {layer.name} ({layer.kind}) failed on the example batch, input {shapes}"
@@ -76,9 +84,13 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
             layers.append(
                 Layer(layer.name, layer.kind, layer.parameters, tuple(dict.fromkeys(draws[seen:])), writes_input=writes)
             )
+            if not all(isinstance(leaf, _CAN_TRAVEL) for leaf in pytree.tree_leaves(value)):
+                opaque.add(i + 1)
             passes.append(bool(_storages(received) & _storages(_leaves(value))))
             sizes.append(sum(t.numel() * t.element_size() for t in _leaves(value)) / num_samples)
             grads.append(any(t.requires_grad for t in _leaves(value)))
+    if loss_draws:
+        raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
     for i in reversed(range(len(layers) - 1)):  # a view of what it received, or that itself, may be written to later on
         layers[i] = replace(
             layers[i], writes_input=layers[i].writes_input or (passes[i] and layers[i + 1].writes_input)
@@ -87,8 +99,26 @@ def capture(objective: Objective, batch: Batch, model: nn.Module | None = None) 
         Value(v.name, v.producer, v.consumers, sizes[v.producer], grads[v.producer]) if v.producer != BATCH else v
         for v in graph.values
     )
-    cuts = _keep_together(graph.cuts, layers)
+    cuts = tuple(cut for cut in _keep_together(graph.cuts, layers) if cut not in opaque)
     return ModelGraph(tuple(layers), values, cuts, graph.tied)
+
+
+_CAN_TRAVEL = (Tensor, bool, int, float, complex, str, bytes, type(None))
+"""What may cross a cut, in tuples, lists, dicts and what else pytrees know: other objects could hide a tensor."""
+
+
+def _refuse_what_would_be_lost(children: list[tuple[str, nn.Module]]) -> None:
+    owners: dict[int, tuple[str, Tensor]] = {}
+    for name, child in children:
+        for tail, parameter in child.named_parameters():
+            fqn = f"{name}.{tail}"
+            if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+                raise CaptureError(f"{fqn} has a hook, which its stage would not have; expected hooks on modules only")
+            if parameter.numel() and parameter.device.type != "meta":
+                address = parameter.untyped_storage().data_ptr()
+                other, shared = owners.setdefault(address, (fqn, parameter))
+                if shared is not parameter and other.split(".")[0] != name:
+                    raise CaptureError(f"{fqn} shares memory with {other}; expected one parameter to tie them")
 
 
 @contextmanager

@@ -86,7 +86,11 @@ class Executor:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the stages' parameters and buffers by FQN, on the CPU, in copies."""
         modules = [runner.program.module for runner in self._runners.values()]
-        return {name: value.detach().cpu().clone() for module in modules for name, value in module.state_dict().items()}
+        return {
+            name: value.detach().cpu().clone() if isinstance(value, Tensor) else value
+            for module in modules
+            for name, value in module.state_dict().items()
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Loads the stages' own entries."""
@@ -128,6 +132,7 @@ class Executor:
                 exchange.give(key, runner.take_grad(key.name) if key.kind == "tied_grad" else results[key.name])
             if given:
                 exchange.note("send", end, action)
+        exchange.doing = (None, None)
 
     def _steps(self, mode: str, num_microbatches: int) -> _Steps:
         """Returns the rank's actions for so many micro-batches."""
@@ -150,7 +155,7 @@ class Executor:
             total = total + loss.total
         count = sum(loss.count for loss in losses)
         names = dict.fromkeys(name for loss in losses for name in loss.metrics)
-        metrics = {name: sum(float(loss.metrics[name]) * loss.count for loss in losses) for name in names}
+        metrics = {name: sum(loss.metrics.get(name, 0.0) * loss.count for loss in losses) for name in names}
         return {
             "total": float(total),
             "loss": float(total / count) if count else float("nan"),

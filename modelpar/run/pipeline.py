@@ -16,7 +16,14 @@ from torch.utils import _pytree as pytree
 
 from modelpar.capture import sequential
 from modelpar.capture.cut import cut_stage
-from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
+from modelpar.capture.objective import (
+    Batch,
+    Objective,
+    batch_size,
+    check_lengths,
+    microbatch_sizes,
+    split_batch,
+)
 from modelpar.errors import CaptureError, ConfigError, ModelparError, NonFiniteLoss, RunError
 from modelpar.planning.graph import BATCH, StageGraph
 from modelpar.planning.plan import Plan
@@ -82,7 +89,7 @@ class Pipeline:
             raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
         self._objective, self._plan = objective, plan
         self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
-        check_settings(self._settings)
+        check_settings(self._settings, plan.graph)
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
@@ -92,6 +99,8 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
+        self._step = 0
+        self._under_way.clear()
         model = self._objective.build(self._settings.seed)
         self._plan.check_model(sequential.structure(model))
         assert isinstance(model, nn.Sequential)
@@ -99,11 +108,13 @@ class Pipeline:
         with ExitStack() as exits:
             self._workers = self._given_workers or exits.enter_context(Workers(self._plan.num_ranks))
             self._number = self._workers.next_number()
-            setup = _ship("the plan, the optimizer or the learning-rate schedule", (self._plan, self._settings))
+            of_model = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
+            what = "the plan, the optimizer or the learning-rate schedule"
+            setup = _ship(what, (self._plan, self._settings), of_model)
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
-                programs = [self._program(model, stage) for stage in stages]
+                programs = [self._program(model, stage, of_model) for stage in stages]
                 tickets.append(self._command(rank, "load", setup=setup, programs=programs))
             self._workers.wait_replies(tickets)
             self._exits = exits.pop_all()
@@ -135,7 +146,8 @@ class Pipeline:
     def steps(self, batches: Iterable[Batch]) -> Iterator[StepResult]:
         """Trains on batches, yielding each step's result; one more step than was yielded may already be under way.
 
-        Time spent waiting for the iterator is shown in the timeline as data.
+        Time spent waiting for the iterator is shown in the timeline as data. Batches are copied, so that the iterator
+        may use their memory again.
         """
         pending: _Submitted | None = None
         iterator = iter(batches)
@@ -145,7 +157,7 @@ class Pipeline:
                 batch = next(iterator)
             except StopIteration:
                 break
-            submitted = self._submit(batch, time.perf_counter() - start)
+            submitted = self._submit(wire.copy(batch), time.perf_counter() - start)
             if pending is not None:
                 yield self._collect(pending)
             pending = submitted
@@ -215,15 +227,22 @@ class Pipeline:
         """Sends a batch's micro-batches to the stages that use them, and tells all ranks to run."""
         inputs, targets = _checked(batch)
         dim = self._objective.batch_dim
-        sizes = tuple(microbatch_sizes(batch_size(inputs, dim), self._plan.num_microbatches))
+        num_samples = batch_size(inputs, dim)
+        check_lengths(targets, num_samples, dim)
+        _refuse_autocast()
+        sizes = tuple(microbatch_sizes(num_samples, self._plan.num_microbatches))
         pieces = split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim)
         run = self._need_workers().next_number()
         context = RunContext(mode, step, sizes)
-        tickets = [
-            self._command(rank, "run", run=run, context=context, data_wait=data_wait)
-            for rank in range(self._plan.num_ranks)
-        ]
-        self._feed(run, *pieces, mode)
+        try:
+            tickets = [
+                self._command(rank, "run", run=run, context=context, data_wait=data_wait)
+                for rank in range(self._plan.num_ranks)
+            ]
+            self._feed(run, *pieces, mode)
+        except BaseException as error:  # ranks that wait for the rest of a batch would wait for ever
+            self._need_workers().fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
+            raise
         return run, sizes, tickets
 
     def _feed(self, run: int, inputs: list[Any], targets: list[Any], mode: str) -> None:
@@ -248,6 +267,7 @@ class Pipeline:
         reply = self._merged(submitted.tickets)
         if not reply["finite"]:
             self._under_way.clear()  # the ranks skip what was under way behind it
+            self._step = submitted.step + 1
             raise self._explain_nonfinite(submitted, reply.get("nonfinite", [0]))
         return StepResult(
             step=submitted.step,
@@ -292,10 +312,12 @@ class Pipeline:
             merged |= {name: value for name, value in reply.items() if value is not None}
         return merged
 
-    def _program(self, model: nn.Sequential, stage: int) -> wire.Parcel:
+    def _program(self, model: nn.Sequential, stage: int, of_model: dict[int, str]) -> wire.Parcel:
         names = [self._plan.graph.layers[i].name for i in self._plan.partition.layers(stage)]
         what = f"stage {stage} ({names[0]} … {names[-1]})"
-        return _ship(what, cut_stage(model, self._objective.loss, self._plan, stage))
+        program = cut_stage(model, self._objective.loss, self._plan, stage)
+        own = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
+        return _ship(what, program, {number: name for number, name in of_model.items() if number not in own})
 
     def _graph(self) -> StageGraph:
         return self._plan.stage_graph
@@ -314,9 +336,9 @@ class Pipeline:
         return self._need_workers().wait_replies(tickets)
 
 
-def _ship(what: str, obj: Any) -> wire.Parcel:
+def _ship(what: str, obj: Any, foreign: dict[int, str] | None = None) -> wire.Parcel:
     try:
-        return wire.ship(obj)
+        return wire.ship(obj, foreign)
     except CaptureError as error:
         raise CaptureError(f"{what} {error}") from error
 
@@ -325,6 +347,13 @@ def _checked(batch: Any) -> Batch:
     if not isinstance(batch, (tuple, list)) or len(batch) != 2:
         raise ConfigError(f"the batch is a {type(batch).__name__}; expected a pair (inputs, targets)")
     return batch[0], batch[1]
+
+
+def _refuse_autocast() -> None:
+    if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+        raise ConfigError(
+            "autocast is on around the pipeline, which its ranks would not see; expected it inside the model's forward"
+        )
 
 
 def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:
@@ -336,5 +365,10 @@ def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:
         cut = all(
             isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == n for x, n in zip(leaves, sizes, strict=True)
         )
+        if not cut and len(leaves) > 1 and isinstance(leaves[0], Tensor):
+            raise ConfigError(
+                f"an output has shape {list(leaves[0].shape)} for a micro-batch of {sizes[0]}, which cannot be joined; "
+                f"expected dimension {dim} to count samples"
+            )
         joined.append(torch.cat(leaves, dim).detach() if cut else leaves[0])
     return pytree.tree_unflatten(joined, spec)

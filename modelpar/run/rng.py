@@ -7,12 +7,15 @@ micro-batch). Neither rank nor stage enters, so the split model draws exactly wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from modelpar.errors import RunError
 
 EVALUATION = -1
 """The step number of evaluation and prediction, so that they share no key with training."""
@@ -36,6 +39,7 @@ class KeyedRandom:
         self._step = self._microbatch = 0
         self._calls: dict[str, int] = {}
         self._saved: list[list[Tensor]] = []
+        self._forward = False
         self._lock = lock or RLock()
         self._generators = [torch.default_generator]
         if device.type == "cuda":
@@ -46,10 +50,15 @@ class KeyedRandom:
             drawing.register_forward_pre_hook(self._before(name), prepend=True)
             drawing.register_forward_hook(self._after, always_call=True)
 
-    def begin(self, step: int, microbatch: int) -> None:
-        """Starts a micro-batch: call numbers count from 0 again."""
-        self._step, self._microbatch = step, microbatch
+    @contextmanager
+    def microbatch(self, step: int, microbatch: int) -> Iterator[None]:
+        """Keys what is drawn inside for a micro-batch, whose call numbers count from 0."""
+        self._step, self._microbatch, self._forward = step, microbatch, True
         self._calls.clear()
+        try:
+            yield
+        finally:
+            self._forward = False
 
     def states(self) -> list[Tensor]:
         """Returns the states of the generators."""
@@ -57,6 +66,11 @@ class KeyedRandom:
 
     def _before(self, name: str) -> Any:
         def hook(module: nn.Module, _: Any) -> None:
+            if not self._forward:
+                raise RunError(
+                    f"{name} drew random numbers outside of forward, as recomputation in backward does (checkpoint); "
+                    "they would not be those of forward; expected modules that draw not to be recomputed"
+                )
             self._lock.acquire()
             call = self._calls.get(name, 0)
             self._calls[name] = call + 1
@@ -68,6 +82,8 @@ class KeyedRandom:
         return hook
 
     def _after(self, *_: Any) -> None:
+        if not self._saved:  # refused before it began
+            return
         for generator, state in zip(self._generators, self._saved.pop(), strict=True):
             generator.set_state(state)
         self._lock.release()

@@ -59,26 +59,43 @@ class StageRunner:
         """Runs the stage on the values it received and returns those it gives: the next stage's, or the prediction."""
         training = context.mode == "train"
         step = context.step if context.mode in ("train", "locate") else EVALUATION
-        with torch.set_grad_enabled(training):
-            self._random.begin(step, context.first + microbatch)
-            before = self._random.states() if self._owns_generators else []
+        before = self._random.states() if self._owns_generators else []
+        with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
             output = self.program(values)
-            if before and not all(map(torch.equal, before, self._random.states())):
-                raise RunError(
-                    "a module drew random numbers that did not draw when the model was captured, so the result would "
-                    "depend on the split; plan with the module in the mode in which it trains"
-                )
             live = _Live({name: _needing_grad(value) for name, value in values.items()}, {})
             if self.program.result is not None:
                 live.given[self.program.result] = _needing_grad(output)
+                output = self._frozen(output)
             elif context.mode != "predict":
                 found = loss_of(self.program.loss, output, values.get("targets"), context.sizes[microbatch])
                 self.losses[microbatch] = found._replace(total=found.total.detach())
                 live.total = found.total if found.count else None
+        if before and not all(map(torch.equal, before, self._random.states())):
+            raise RunError(
+                "a module drew random numbers that did not draw when the model was captured, so the result would "
+                "depend on the split; plan with the module in the mode in which it trains"
+            )
+        if any(live.given.values()) and not self.program.result_needs_grad:
+            raise RunError(
+                f"{self.program.result} needs a gradient, and did not when the model was captured; plan with the "
+                "parameters that are to be trained requiring gradients"
+            )
         if training:
             self._live[microbatch] = live
             self.peak_live = max(self.peak_live, len(self._live))
         return {self.program.result or "output": output}
+
+    def _frozen(self, output: Any) -> Any:
+        """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
+        module = self.program.module
+        state = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+
+        def copy(tensor: Tensor) -> Tensor:
+            if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() not in state:
+                return tensor
+            return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+        return pytree.tree_map_only(Tensor, copy, output)
 
     def backward(self, microbatch: int, grads: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
         """Runs backward from the gradients of the values given, and returns those of the values received.

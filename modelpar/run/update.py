@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.errors import ConfigError
+from modelpar.planning.graph import ModelGraph
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run.exchange import Exchange
@@ -37,7 +38,7 @@ class Settings:
     seed: int = 0
 
 
-def check_settings(settings: Settings) -> None:
+def check_settings(settings: Settings, graph: ModelGraph) -> None:
     """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts.
 
     Raises ConfigError. It takes one step of an optimizer that has nothing to do: some schedules find out only then that
@@ -45,10 +46,12 @@ def check_settings(settings: Settings) -> None:
     """
     if settings.max_norm is not None and not settings.max_norm > 0:
         raise ConfigError(f"max_norm is {settings.max_norm}; expected a number above 0, or None")
-    if settings.optimizer is None:
+    if settings.optimizer is None or not any(p.trainable for layer in graph.layers for p in layer.parameters):
         return
     try:
-        made = settings.optimizer([("probe", nn.Parameter(torch.zeros(1)))])
+        tensors = [p for layer in graph.layers for p in layer.parameters if p.trainable]
+        probes = [(p.name, torch.zeros([1] * len(p.shape), dtype=getattr(torch, p.dtype))) for p in tensors]
+        made = settings.optimizer([(name, nn.Parameter(probe)) for name, probe in probes])
         schedule = settings.lr_schedule(made) if settings.lr_schedule else None
         if not isinstance(made, torch.optim.Optimizer):
             raise ConfigError(
@@ -69,6 +72,16 @@ def check_settings(settings: Settings) -> None:
         raise ConfigError(f"the optimizer or its learning-rate schedule cannot be used: {error}") from error
 
 
+def _make(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
+    """Returns the optimizer of one rank, or None where the factory chooses none of its parameters."""
+    try:
+        return factory(named)
+    except ValueError as error:
+        if "empty parameter list" in str(error):
+            return None
+        raise
+
+
 class Update:
     """Applies the gradients of a rank's stages, together with the other ranks."""
 
@@ -80,7 +93,7 @@ class Update:
         """The FQNs of all parameters in the order of `model.parameters()`."""
         self._owned = {stage: runner.program.owned_parameters() for stage, runner in runners.items()}
         named = [pair for owned in self._owned.values() for pair in owned.items()]
-        self._optimizer = settings.optimizer(named) if settings.optimizer and named else None
+        self._optimizer = _make(settings.optimizer, named) if settings.optimizer and named else None
         self._lr_schedule = settings.lr_schedule(self._optimizer) if settings.lr_schedule and self._optimizer else None
 
     def apply(self, count: float | None) -> dict[str, Any] | None:
@@ -90,6 +103,7 @@ class Update:
         then no rank updates anything, and each returns None.
         """
         start = perf_counter()
+        self._exchange.doing = (Action(next(iter(self._runners)), Op.UPDATE), None)
         if not self._agree_on_count(count):
             return None
         self._add_tied_gradients()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import pickle
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,16 +88,16 @@ class _Pickler(cloudpickle.Pickler):
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
         self.tensors: list[Tensor] = []
-        self._index: dict[int, int] = {}
+        self.index: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if type(obj) not in (Tensor, nn.Parameter, nn.Buffer):
             return None
-        if id(obj) not in self._index:
-            self._index[id(obj)] = len(self.tensors)
+        if id(obj) not in self.index:
+            self.index[id(obj)] = len(self.tensors)
             self.tensors.append(obj.detach())
         attributes = {name: value for name, value in vars(obj).items() if not name.startswith("_")}
-        return self._index[id(obj)], type(obj), obj.requires_grad, attributes
+        return self.index[id(obj)], type(obj), obj.requires_grad, attributes
 
 
 class _Unpickler(pickle.Unpickler):
@@ -125,10 +126,11 @@ class Parcel:
     tensors: list[Tensor]
 
 
-def ship(obj: Any) -> Parcel:
+def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
     """Packs an object, classes defined in a notebook or script included.
 
-    Raises CaptureError where it holds something that cannot be pickled.
+    Raises CaptureError where it holds something that cannot be pickled, or a tensor that it must not hold: `foreign`
+    gives the names of those by id.
     """
     file = io.BytesIO()
     pickler = _Pickler(file)
@@ -139,7 +141,18 @@ def ship(obj: Any) -> Parcel:
         raise CaptureError(
             f"cannot be sent to the workers: {type(error).__name__}: {reason}; expected what cloudpickle can pickle"
         ) from error
+    found = [name for number, name in (foreign or {}).items() if number in pickler.index]
+    if found:
+        raise CaptureError(
+            f"uses {found[0]}, which is not its own: it would be a copy that is never updated; expected layers that "
+            "share a tensor to hold it as an attribute of each, or to be on one stage"
+        )
     return Parcel(file.getvalue(), [_exact(tensor) for tensor in pickler.tensors])
+
+
+def copy(tree: Any) -> Any:
+    """Returns a copy of a pytree's tensors, laid out in the same way."""
+    return pytree.tree_map_only(Tensor, _exact, tree)
 
 
 def receive(parcel: Parcel) -> Any:

@@ -102,6 +102,13 @@ class Worker:
         return self._active.run(run, context, data_wait)
 
     def _describe(self, error: BaseException) -> Failure:
+        try:
+            return self._failure(error)
+        except Exception as second:  # such as an exception that cannot say what it is
+            what = f"{type(error).__name__}, which could not be described ({type(second).__name__})"
+            return Failure(self.rank, what, "", "".join(traceback.format_tb(error.__traceback__)), False)
+
+    def _failure(self, error: BaseException) -> Failure:
         where = []
         executor = self._active
         action = executor.doing[0] if executor else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections import defaultdict
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from time import perf_counter
@@ -23,8 +22,8 @@ class Mark:
     wall: float
     machine: float
     """CPU time used on the whole machine."""
-    own: Mapping[int, float]
-    """CPU time used by each process of ours."""
+    own: float
+    """CPU time used by our processes, those that have ended included."""
 
 
 def mark(root: int | None = None) -> Mark | None:
@@ -33,7 +32,7 @@ def mark(root: int | None = None) -> Mark | None:
         return None
     fields = (_PROC / "stat").read_text().splitlines()[0].split()[1 : 1 + _GUEST]
     machine = sum(int(ticks) for i, ticks in enumerate(fields) if i not in _IDLE) * _tick()
-    own = {pid: cpu_seconds(pid) for pid in tree(os.getpid() if root is None else root)}
+    own = sum(cpu_seconds(pid, ended=True) for pid in tree(os.getpid() if root is None else root))
     return Mark(perf_counter(), machine, own)
 
 
@@ -41,8 +40,8 @@ def foreign_load(before: Mark | None, after: Mark | None) -> float | None:
     """Returns how many cores processes other than ours kept busy in between, at least 0; None where unknown."""
     if before is None or after is None:
         return None
-    ours = sum(seconds - before.own.get(pid, 0.0) for pid, seconds in after.own.items())
-    return max(0.0, after.machine - before.machine - ours) / (after.wall - before.wall)
+    others = (after.machine - before.machine) - (after.own - before.own)
+    return max(0.0, others) / (after.wall - before.wall)
 
 
 def tree(root: int) -> list[int]:
@@ -57,10 +56,13 @@ def tree(root: int) -> list[int]:
     return found
 
 
-def cpu_seconds(pid: int) -> float:
-    """Returns the CPU time that a process has used, user and system; 0 if it is gone."""
+def cpu_seconds(pid: int, *, ended: bool = False) -> float:
+    """Returns the CPU time that a process has used, user and system; 0 if it is gone.
+
+    `ended` includes that of its children that have ended, and theirs.
+    """
     fields = _stat(pid)
-    return (int(fields[11]) + int(fields[12])) * _tick() if fields else 0.0
+    return sum(int(ticks) for ticks in fields[11 : 15 if ended else 13]) * _tick()
 
 
 def status_bytes(pid: int, field: str) -> int:

@@ -36,7 +36,7 @@ def run(options: Options) -> str:
 
 
 def first_step_seconds(num_ranks: int) -> float:
-    """Returns the seconds until `modelpar train` prints its first step; then ends it with all its processes."""
+    """Returns the seconds until `modelpar train` prints its first step; waits for its end, too."""
     words = COMMAND.split()[1:]
     start = perf_counter()
     with tempfile.TemporaryDirectory() as folder:
@@ -51,15 +51,20 @@ def first_step_seconds(num_ranks: int) -> float:
             text=True,
             start_new_session=True,
         )
+        assert process.stdout
+        seconds = None
         try:
-            assert process.stdout
             for line in process.stdout:
-                if line.startswith("step 1/"):
-                    return perf_counter() - start
-            raise HostError(f"`{COMMAND}` ended with exit code {process.wait()} before its first step")
+                if seconds is None and line.startswith("step 1/"):
+                    seconds = perf_counter() - start
+            code = process.wait()  # it ends in order, so that its CPU time is known to be ours
         finally:
-            process.kill()  # its workers notice, and end too
-            process.communicate()
+            process.kill()  # after Ctrl-C; its workers notice, and end too
+            process.wait()
+            process.stdout.close()
+    if seconds is None:
+        raise HostError(f"`{COMMAND}` ended with exit code {code} before its first step")
+    return seconds
 
 
 def _import_seconds() -> float:

@@ -32,8 +32,8 @@ class ProcessLaunch:
     """
 
     def __init__(self, num_ranks: int, controller: Mailbox, port: int, heartbeat_seconds: float):
-        rpc.require_no_group()
         self._store, port = rpc.listen(port)
+        rpc.require_no_group()
         group = secrets.token_hex(4)
         config = {"num_ranks": num_ranks, "group": group, "port": port, "path": sys.path}
         config["heartbeat_seconds"] = heartbeat_seconds
