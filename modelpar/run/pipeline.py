@@ -25,7 +25,7 @@ from modelpar.capture.objective import (
     split_batch,
 )
 from modelpar.errors import CaptureError, ConfigError, ModelparError, NonFiniteLoss, RunError
-from modelpar.planning.graph import BATCH, StageGraph
+from modelpar.planning.graph import BATCH
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
@@ -90,6 +90,9 @@ class Pipeline:
         self._objective, self._plan = objective, plan
         self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
         check_settings(self._settings, plan.graph)
+        values = plan.stage_graph.values
+        self._fed = [(value.name, stage) for value in values if value.producer == BATCH for stage in value.consumers]
+        """What the controller sends for every micro-batch: the name of each value, and a stage that needs it."""
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
@@ -232,29 +235,30 @@ class Pipeline:
         _refuse_autocast()
         sizes = tuple(microbatch_sizes(num_samples, self._plan.num_microbatches))
         pieces = split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim)
-        run = self._need_workers().next_number()
-        context = RunContext(mode, step, sizes)
+        run, tickets = self._dispatch(RunContext(mode, step, sizes), *pieces, data_wait)
+        return run, sizes, tickets
+
+    def _dispatch(
+        self, context: RunContext, inputs: list[Any], targets: list[Any], data_wait: float = 0.0
+    ) -> tuple[int, list[tuple[int, int]]]:
+        """Tells all ranks to run micro-batches, and sends these; returns the run's number and the tickets."""
+        workers = self._need_workers()
+        run = workers.next_number()
+        given = {"inputs": inputs} if context.mode == "predict" else {"inputs": inputs, "targets": targets}
         try:
             tickets = [
                 self._command(rank, "run", run=run, context=context, data_wait=data_wait)
                 for rank in range(self._plan.num_ranks)
             ]
-            self._feed(run, *pieces, mode)
+            for i in range(len(inputs)):
+                for name, stage in self._fed:
+                    if name in given:
+                        key = ValueKey("value", name, i, BATCH, stage)
+                        workers.send(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
         except BaseException as error:  # ranks that wait for the rest of a batch would wait for ever
-            self._need_workers().fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
+            workers.fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
             raise
-        return run, sizes, tickets
-
-    def _feed(self, run: int, inputs: list[Any], targets: list[Any], mode: str) -> None:
-        assert self._workers
-        given = {"inputs": inputs} if mode == "predict" else {"inputs": inputs, "targets": targets}
-        for i in range(len(inputs)):
-            for value in self._graph().values:
-                if value.producer == BATCH and value.name in given:
-                    for stage in value.consumers:
-                        rank = self._plan.schedule.stage_to_rank[stage]
-                        key = ValueKey("value", value.name, i, BATCH, stage)
-                        self._workers.send(rank, (run, key), given[value.name][i])
+        return run, tickets
 
     def _collect(self, submitted: _Submitted) -> StepResult:
         """Waits for a step, and before it for earlier ones that nobody collected, such as after leaving `steps`."""
@@ -286,11 +290,8 @@ class Pipeline:
         sizes = list(submitted.sizes)
         inputs = split_batch(submitted.batch[0], sizes, dim)[first]
         targets = split_batch(submitted.batch[1], sizes, dim)[first]
-        run = self._need_workers().next_number()
         context = RunContext("locate", submitted.step, (sizes[first],), first)
-        ranks = range(self._plan.num_ranks)
-        tickets = [self._command(rank, "run", run=run, context=context, data_wait=0.0) for rank in ranks]
-        self._feed(run, [inputs], [targets], "locate")
+        _, tickets = self._dispatch(context, [inputs], [targets])
         found: dict[int, str] = {}
         for reply in self._need_workers().wait_replies(tickets, step=True):
             found |= reply["nonfinite"]
@@ -318,9 +319,6 @@ class Pipeline:
         program = cut_stage(model, self._objective.loss, self._plan, stage)
         own = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
         return _ship(what, program, {number: name for number, name in of_model.items() if number not in own})
-
-    def _graph(self) -> StageGraph:
-        return self._plan.stage_graph
 
     def _need_workers(self) -> Workers:
         if self._workers is None:
