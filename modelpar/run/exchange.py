@@ -60,7 +60,7 @@ class Exchange:
         if rank == self.rank:
             self._mailbox.put((self._run, key), wire.detach(value))
         else:
-            self._transport.send(rank, (self._run, key), self._transport.pack(value))
+            self._transport.give(rank, (self._run, key), value)
 
     def note(self, kind: str, start: float, action: Action | None = None, cause: str = "") -> float:
         """Records a span from start until now; returns now."""

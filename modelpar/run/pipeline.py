@@ -254,7 +254,7 @@ class Pipeline:
                 for name, stage in self._fed:
                     if name in given:
                         key = ValueKey("value", name, i, BATCH, stage)
-                        workers.send(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
+                        workers.give(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
         except BaseException as error:  # ranks that wait for the rest of a batch would wait for ever
             workers.fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
             raise

@@ -20,6 +20,10 @@ from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
 
 
+RUN = "run"
+"""The command to run a batch: it and its reply take the way of the values."""
+
+
 class Closed(Exception):
     """Ends a rank's thread: its mailbox was closed."""
 
@@ -54,7 +58,7 @@ class Worker:
         commands: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "unload": self._unload,
-            "run": self._run,
+            RUN: self._run,
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
             "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
         }
@@ -64,7 +68,9 @@ class Worker:
                 name, arguments = self._mailbox.wait(("command", number))
                 if name == "stop":
                     return True
-                self._transport.send(CONTROLLER, ("reply", self.rank, number), commands[name](**arguments))
+                reply = commands[name](**arguments)
+                way = self._transport.give if name == RUN else self._transport.send
+                way(CONTROLLER, ("reply", self.rank, number), reply)
                 self._transport.flush()
                 number += 1
         except Closed:

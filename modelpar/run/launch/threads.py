@@ -6,16 +6,17 @@ from collections import defaultdict
 from threading import RLock, Thread
 from typing import Any
 
-from modelpar.run.transport import Mailbox, ThreadTransport
+from modelpar.run.transport import Mailbox, Routes, ThreadTransport
 from modelpar.run.worker import Closed, Worker
 
 
 class ThreadLaunch:
     """Starts one thread per rank."""
 
-    def __init__(self, num_ranks: int, controller: Mailbox):
+    def __init__(self, num_ranks: int, routes: Routes):
+        self.mailbox = Mailbox(routes)
         self._mailboxes = [Mailbox() for _ in range(num_ranks)]
-        self.transport = ThreadTransport(self._mailboxes, controller)
+        self.transport = ThreadTransport(self._mailboxes, self.mailbox)
         locks: dict[str, Any] = defaultdict(RLock)  # by device: ranks on one device share its generator
         self._workers = [Worker(rank, box, self.transport, locks) for rank, box in enumerate(self._mailboxes)]
         self._threads = [
@@ -41,3 +42,6 @@ class ThreadLaunch:
         """Ends every thread at its next wait; one that computes goes on until its action is done."""
         for mailbox in self._mailboxes:
             mailbox.close(Closed())
+
+    def close(self) -> None:
+        """Does nothing: threads hold nothing."""
