@@ -60,6 +60,7 @@ class Task:
             port=transport.port,
             heartbeat_timeout=transport.heartbeat_timeout,
             step_timeout=transport.step_timeout,
+            shared_memory=transport.shared_memory,
         )
 
     def pipeline(self, plan: Plan, workers: Workers | None = None) -> Pipeline:

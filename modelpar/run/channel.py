@@ -16,8 +16,10 @@ import array
 import pickle
 import select
 import socket
+import struct
 from collections import deque
 from collections.abc import Mapping
+from contextlib import suppress
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -36,6 +38,8 @@ _MOST_RELEASED = 512
 _MOST_HELD = 8
 """How many of another process's free slots are kept back for the next value that goes there."""
 _RING = b"!"
+_HEAD = struct.Struct("iiii")
+"""How a datagram begins: the sender, whether its message lies in shared memory, the slabs whose descriptors it has."""
 
 
 def pair() -> tuple[socket.socket, socket.socket]:
@@ -60,7 +64,7 @@ class Channel:
         self._views = {sender: Views(freed.append) for sender, freed in self._freed.items()}
         self._arrived: SimpleQueue[tuple[Key, Any]] = SimpleQueue()
         """What other threads of this process put, and what arrived while this one was sending."""
-        self._buffer = memoryview(bytearray(2 * _MOST_BYTES))
+        self._buffer = memoryview(bytearray(_HEAD.size + _MOST_BYTES))
         self._ancillary = socket.CMSG_SPACE(2 * array.array("i").itemsize)
         for way in ways.values():
             way.setblocking(False)
@@ -95,7 +99,7 @@ class Channel:
             begin = -(-end // wire.ALIGNMENT) * wire.ALIGNMENT
             end = begin + window.nbytes
             bounds.append((begin, end))
-        slot, memory = (None, np.empty(end, np.uint8)) if end <= INLINE_BYTES else self._pool.take(end)
+        slot, memory = (None, np.empty(end, np.uint8)) if end <= INLINE_BYTES else self._take(end)
         for (begin, stop), window in zip(bounds, windows, strict=True):
             memory[begin:stop] = window
         self._post(to, data, bounds, slot or memory.tobytes())
@@ -112,28 +116,35 @@ class Channel:
             end.close()
         self._pool.close()
 
+    def _take(self, num_bytes: int) -> tuple[Slot, Bytes]:
+        """Returns a slot of the pool, which grows only where none has been released, as far as was told yet."""
+        with suppress(BlockingIOError):
+            while not self._pool.has_free(num_bytes):
+                self._receive(socket.MSG_DONTWAIT, sending=True)
+        return self._pool.take(num_bytes)
+
     def _post(self, to: int, data: bytes, bounds: list[tuple[int, int]], place: Slot | bytes) -> None:
         freed = self._freed[to]
         released = [freed.popleft() for _ in range(min(len(freed), _MOST_RELEASED))]
         slots = [place] if isinstance(place, Slot) else []
         message = pickle.dumps((data, bounds, place, released), 5)
         long = len(message) > _MOST_BYTES
-        if long:  # too long for a datagram: it lies in shared memory itself
-            slot, memory = self._pool.take(len(message))
+        if long:  # it lies in shared memory itself
+            slot, memory = self._take(len(message))
             memory[:] = np.frombuffer(message, np.uint8)
             message = pickle.dumps((slot, [(0, len(message))]), 5)
             slots.append(slot)
         new = list({slot.slab for slot in slots} - self._known[to])
         self._known[to].update(new)
         descriptors = array.array("i", [self._pool.descriptor(slab) for slab in new])
-        datagram = pickle.dumps((self._number, new, long, message), 5)
-        self._put(to, datagram, [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if new else [])
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if new else []
+        self._put(to, [_HEAD.pack(self._number, long, *(new + [-1, -1])[:2]), message], rights)
 
-    def _put(self, to: int, datagram: bytes, rights: list[Any]) -> None:
+    def _put(self, to: int, datagram: list[bytes], rights: list[Any]) -> None:
         way = self._ways[to]
         while True:
             try:
-                way.sendmsg([datagram], rights)
+                way.sendmsg(datagram, rights)
                 return
             except BlockingIOError:  # its socket is full; it may be waiting for this process to take something, too
                 if select.select([self._receiving], [way], [])[0]:
@@ -146,10 +157,11 @@ class Channel:
         length, ancillary, _, _ = self._receiving.recvmsg_into([self._buffer], self._ancillary, flags)
         if length == len(_RING):
             return
-        sender, new, long, message = pickle.loads(self._buffer[:length])
+        sender, long, *new = _HEAD.unpack_from(self._buffer)
+        message = self._buffer[_HEAD.size : length]
         views = self._views[sender]
-        if new:
-            for slab, descriptor in zip(new, array.array("i", ancillary[0][2]), strict=True):
+        for _, _, descriptors in ancillary:
+            for slab, descriptor in zip(new, array.array("i", descriptors), strict=False):
                 views.open(slab, descriptor)
         if long:
             message = views.windows(*pickle.loads(message))[0].data

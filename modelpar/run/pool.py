@@ -34,49 +34,60 @@ class Slot(NamedTuple):
     """Bytes from the beginning of the slab, a multiple of the page size."""
 
 
+class _Slab(NamedTuple):
+    descriptor: int
+    size: int
+    """Of each slot, in bytes."""
+    memory: Bytes
+
+
 class Pool:
     """This process's own slots."""
 
     def __init__(self) -> None:
-        self._slabs: list[tuple[int, int, Bytes]] = []
+        self._slabs: list[_Slab] = []
+        self._fresh: defaultdict[int, list[Slot]] = defaultdict(list)
+        """Slots never used, by size."""
         self._free: defaultdict[int, list[Slot]] = defaultdict(list)
-        """By size; the slot given back last is used first, since its pages are most likely in a cache."""
+        """Slots given back; the last one is used first, since its pages are most likely in a cache."""
+
+    def has_free(self, num_bytes: int) -> bool:
+        """Tells whether there is a slot for so many bytes that was used before."""
+        return bool(self._free[slot_size(num_bytes)])
 
     def take(self, num_bytes: int) -> tuple[Slot, Bytes]:
-        """Returns a free slot of at least so many bytes, and its memory."""
+        """Returns a slot of at least so many bytes, one that was used before if there is one; and its memory."""
         size = slot_size(num_bytes)
-        free = self._free[size]
-        if not free:
-            free += reversed(self._add_slab(size))
-        slot = free.pop()
-        return slot, self._slabs[slot.slab][2][slot.start : slot.start + num_bytes]
+        if not self._free[size] and not self._fresh[size]:
+            self._add_slab(size)
+        slot = (self._free[size] or self._fresh[size]).pop()
+        return slot, self._slabs[slot.slab].memory[slot.start : slot.start + num_bytes]
 
     def give_back(self, slot: Slot) -> None:
         """Makes a slot free again."""
-        self._free[self._slabs[slot.slab][1]].append(slot)
+        self._free[self._slabs[slot.slab].size].append(slot)
 
     def descriptor(self, slab: int) -> int:
         """Returns the file descriptor by which another process can map a slab."""
-        return self._slabs[slab][0]
+        return self._slabs[slab].descriptor
 
     @property
     def num_bytes(self) -> int:
         """How much memory the pool takes: that of the slots ever used."""
-        return sum(os.fstat(descriptor).st_blocks * 512 for descriptor, _, _ in self._slabs)
+        return sum(os.fstat(slab.descriptor).st_blocks * 512 for slab in self._slabs)
 
     def close(self) -> None:
         """Closes the files; memory that is still in use stays until it is not."""
-        for descriptor, _, _ in self._slabs:
-            os.close(descriptor)
+        for slab in self._slabs:
+            os.close(slab.descriptor)
         self._slabs.clear()
-        self._free.clear()
 
-    def _add_slab(self, size: int) -> list[Slot]:
+    def _add_slab(self, size: int) -> None:
         number = len(self._slabs)
         descriptor = os.memfd_create(f"modelpar-{number}")
         os.ftruncate(descriptor, size * _SLOTS)
-        self._slabs.append((descriptor, size, _map(descriptor)))
-        return [Slot(number, i * size) for i in range(_SLOTS)]
+        self._slabs.append(_Slab(descriptor, size, _map(descriptor)))
+        self._fresh[size] += [Slot(number, i * size) for i in reversed(range(_SLOTS))]
 
 
 class Views:

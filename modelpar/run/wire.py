@@ -123,7 +123,11 @@ def _reduce(tensor: Tensor) -> Any:
 def _restore(
     window: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, grad: bool
 ) -> Tensor:
-    tensor = torch.from_numpy(window).view(getattr(torch, dtype)).as_strided(shape, stride, offset)
+    kind = getattr(torch, dtype)
+    if window.size:
+        tensor = torch.frombuffer(window, dtype=kind).as_strided(shape, stride, offset)
+    else:
+        tensor = torch.empty_strided(shape, stride, dtype=kind)
     return tensor.requires_grad_() if grad else tensor
 
 
