@@ -134,6 +134,7 @@ def test_what_does_not_fit_into_a_datagram_arrives(two):
     two.boxes[0].has("nothing")
     used = two.pool().num_bytes
     held = [two.echo(torch.zeros(LARGE), (3, i)) for i in range(2_000)]
+    assert len(held) == 2_000
     assert two.pool().num_bytes == used
 
 

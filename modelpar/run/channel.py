@@ -138,7 +138,7 @@ class Channel:
         self._known[to].update(new)
         descriptors = array.array("i", [self._pool.descriptor(slab) for slab in new])
         rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if new else []
-        self._put(to, [_HEAD.pack(self._number, long, *(new + [-1, -1])[:2]), message], rights)
+        self._put(to, [_HEAD.pack(self._number, long, *[*new, -1, -1][:2]), message], rights)
 
     def _put(self, to: int, datagram: list[bytes], rights: list[Any]) -> None:
         way = self._ways[to]

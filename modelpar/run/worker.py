@@ -19,7 +19,6 @@ from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
 
-
 RUN = "run"
 """The command to run a batch: it and its reply take the way of the values."""
 
