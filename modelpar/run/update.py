@@ -154,11 +154,12 @@ class Update:
         """Returns the 2-norm of all gradients: always on the rank of stage 0, on others where they clip."""
         total = None
         for stage in self._runners:
-            own = {name: norms[name] for name in self._owned[stage] if name in norms}
-            self._give(stage, "norms", lambda _, own=own: own)
+            names = [name for name in self._owned[stage] if name in norms]
+            stacked = torch.stack([norms[name] for name in names]) if names else None  # one tensor, not one each
+            self._give(stage, "norms", lambda _, own=(names, stacked): own)
         if 0 in self._runners:
-            for others in self._take(0, "norms").values():
-                norms |= others
+            for names, stacked in self._take(0, "norms").values():
+                norms |= dict(zip(names, stacked if names else (), strict=True))
             ordered = [norms[name] for name in self._order if name in norms]
             total = torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
             self._give(0, "total_norm", lambda _: total)
