@@ -1,7 +1,7 @@
 """What a step costs in messages, copies, memory and threads: counted, on ranks that talk as processes do."""
 
 import threading
-from collections import Counter, defaultdict
+from collections import Counter
 
 import pytest
 import torch
@@ -58,9 +58,9 @@ class ChannelThreads(ThreadLaunch):
         self.channels = channels
         self.mailbox = Mailbox(routes, channels[CONTROLLER])
         self._mailboxes = [Mailbox(inbox=channels[rank]) for rank in range(num_ranks)]
-        locks = defaultdict(threading.RLock)
+        lock = threading.RLock()
         self._workers = [
-            Worker(rank, box, transport, locks)
+            Worker(rank, box, transport, lock)
             for rank, (box, transport) in enumerate(zip(self._mailboxes, self.transports, strict=True))
         ]
         self._threads = [threading.Thread(target=worker.serve, daemon=True) for worker in self._workers]

@@ -24,7 +24,7 @@ from torch.distributed import TCPStore, rpc
 from torch.distributed.rendezvous import register_rendezvous_handler
 
 from modelpar.errors import ConfigError, RunError
-from modelpar.run import wire
+from modelpar.run import cuda, wire
 from modelpar.run.channel import Channel
 from modelpar.run.transport import CONTROLLER, Mailbox, Unreachable
 
@@ -95,11 +95,20 @@ class RpcTransport:
     """Carries values between processes over TensorPipe; joins on creation, which waits for all other processes."""
 
     def __init__(
-        self, rank: int, num_ranks: int, group: str, port: int, mailbox: Mailbox, channel: Channel | None = None
+        self,
+        rank: int,
+        num_ranks: int,
+        group: str,
+        port: int,
+        mailbox: Mailbox,
+        channel: Channel | None = None,
+        cuda_ipc: bool = False,
     ):
         global _mailbox
         require_no_group()
         self._channel = channel
+        self._shares = cuda_ipc and rank != CONTROLLER
+        """Whether CUDA tensors stay on the device on their way to another rank."""
         self._group = group
         """Part of all names: RPC counts what was done under a name, which a new process would never catch up with."""
         self._log_level = _set_log_level(_ERROR)
@@ -134,6 +143,7 @@ class RpcTransport:
 
     def give(self, to: int, key: tuple[Any, ...], value: Any) -> None:
         """Hands over a value of a run; see `Transport.give`."""
+        value = cuda.shared(value) if self._shares and to != CONTROLLER else cuda.staged(value)
         if self._channel:
             self._channel.send(to, key, value)
         else:

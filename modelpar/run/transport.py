@@ -13,7 +13,7 @@ from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
-from modelpar.run import wire
+from modelpar.run import cuda, wire
 
 CONTROLLER = -1
 """The address of the process that runs the user's code."""
@@ -155,7 +155,7 @@ class ThreadTransport:
 
     def give(self, to: int, key: Key, value: Any) -> None:
         """Puts a value into the other thread's mailbox; see `Transport.give`."""
-        self.send(to, key, wire.detach(value))
+        self.send(to, key, cuda.handed_over(wire.detach(value)))
 
     def flush(self) -> None:
         """Does nothing: what was sent has arrived."""

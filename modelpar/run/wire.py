@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modelpar.errors import CaptureError
-
-ALIGNMENT = 64
-"""Bytes to which torch aligns new memory on the CPU, and the widest vectors."""
+from modelpar.run import layout
+from modelpar.run.cuda import HandedOver, Shared
+from modelpar.run.layout import ALIGNMENT as ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -43,7 +43,9 @@ def unpack(tree: Any, device: torch.device) -> Any:
     """Returns what was sent, on a device; tensors that required a gradient are leaves that do."""
     if type(tree) is Tensor and tree.device == device:  # as nearly all are
         return tree
-    return pytree.tree_map_only((_Packed, Tensor), lambda leaf: _unpack(leaf, device), tree)
+    if type(tree) is HandedOver:
+        tree = tree.accept()
+    return pytree.tree_map_only((_Packed, Shared, Tensor), lambda leaf: _unpack(leaf, device), tree)
 
 
 def detach(tree: Any) -> Any:
@@ -82,32 +84,27 @@ def _pack(tensor: Tensor) -> _Packed | Tensor:
 
 
 def _window(tensor: Tensor) -> tuple[Tensor, int]:
-    """Returns what a tensor spans of its storage, as a vector on the CPU, and where in it the tensor begins.
-
-    The offset places the tensor relative to vectors of 64 bytes as it was: matrix products round otherwise where rows
-    begin elsewhere, as those of a micro-batch cut out of a batch do.
-    """
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((n - 1) * s for n, s in strides) if tensor.numel() else 0
-    offset = tensor.data_ptr() % ALIGNMENT // tensor.element_size() if span else 0
-    start = tensor.storage_offset() - offset
-    if start < 0:  # memory that torch did not allocate
-        window = tensor.new_zeros(offset + span, device="cpu")
-        window[offset:] = tensor.as_strided((span,), (1,), tensor.storage_offset())
-        return window, offset
-    window = tensor.as_strided((offset + span,), (1,), start)
-    return window if tensor.device.type == "cpu" else window.cpu(), offset
+    """Returns what a tensor spans of its storage, as a vector on the CPU, and where in it the tensor begins."""
+    window, offset = layout.window(tensor)
+    return window if window.device.type == "cpu" else window.cpu(), offset
 
 
-def _unpack(leaf: _Packed | Tensor, device: torch.device) -> Tensor:
+def _unpack(leaf: _Packed | Shared | Tensor, device: torch.device) -> Tensor:
     if isinstance(leaf, Tensor):
-        return leaf if leaf.device == device else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
-    tensor = leaf.window.to(device).as_strided(leaf.shape, leaf.stride, leaf.offset)
+        return leaf if leaf.device == device else layout.move(leaf, device).requires_grad_(leaf.requires_grad)
+    if isinstance(leaf, Shared):
+        return leaf.open(device)
+    tensor = layout.put(leaf.window, device).as_strided(leaf.shape, leaf.stride, leaf.offset)
     return tensor.requires_grad_(leaf.requires_grad)
 
 
 _DTYPES = {dtype: name for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
 """One name of each dtype: pickling one by itself looks through all modules."""
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
 
 
 def _reduce(tensor: Tensor) -> Any:
@@ -123,7 +120,7 @@ def _reduce(tensor: Tensor) -> Any:
 def _restore(
     window: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, grad: bool
 ) -> Tensor:
-    kind = getattr(torch, dtype)
+    kind = _dtype(dtype)
     if window.size:
         tensor = torch.frombuffer(window, dtype=kind).as_strided(shape, stride, offset)
     else:
@@ -132,7 +129,12 @@ def _restore(
 
 
 class _ValuePickler(pickle.Pickler):
-    dispatch_table: ClassVar = {**copyreg.dispatch_table, Tensor: _reduce, nn.Parameter: _reduce}
+    dispatch_table: ClassVar = {
+        **copyreg.dispatch_table,
+        Tensor: _reduce,
+        nn.Parameter: _reduce,
+        torch.dtype: lambda dtype: (_dtype, (_DTYPES[dtype],)),
+    }
 
 
 class _Pickler(cloudpickle.Pickler):

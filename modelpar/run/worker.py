@@ -7,14 +7,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
-import torch
-
 from modelpar.capture.cut import StageProgram
 from modelpar.planning.plan import Plan
-from modelpar.run import wire
+from modelpar.run import cuda, wire
 from modelpar.run.exchange import Exchange
 from modelpar.run.executor import Executor
 from modelpar.run.memory import PeakMemory
+from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
@@ -44,11 +43,11 @@ class Failure:
 class Worker:
     """One rank's state: the pipelines it has a part of."""
 
-    def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, locks: dict[str, Any] | None = None):
+    def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, lock: Any = None):
         self.rank = rank
         self._mailbox, self._transport = mailbox, transport
-        self._locks = locks
-        """One lock per device where several ranks share this process and so its random generators; else None."""
+        self._lock = lock
+        """A lock for the random generators where several ranks share this process and so them; else None."""
         self._executors: dict[int, Executor] = {}
         self._active: Executor | None = None
 
@@ -86,14 +85,17 @@ class Worker:
         return f"runs {action}" if key is None else f"has {action} pending and waits for {key}"
 
     def _load(self, pipeline: int, setup: wire.Parcel, programs: list[wire.Parcel]) -> None:
-        plan, settings = cast(tuple[Plan, Settings], wire.receive(setup))
-        device = torch.device(plan.cluster.devices[self.rank])
-        memory = PeakMemory(device, owns_process=self._locks is None)
-        lock = None if self._locks is None else self._locks[str(device)]
+        plan, settings, numerics = cast(tuple[Plan, Settings, Numerics], wire.receive(setup))
+        numerics.apply()
+        devices = [cuda.resolve(name) for name in plan.cluster.devices]
+        device = devices[self.rank]
+        cuda.use(device)
+        alone = self._lock is None or (device.type == "cuda" and devices.count(device) == 1)
+        memory = PeakMemory(device, alone)
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
-            runners[program.stage] = StageRunner(program, settings.seed, device, lock)
+            runners[program.stage] = StageRunner(program, settings.seed, device, self._lock)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
         self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)

@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from modelpar.errors import ConfigError, ModelparError, RunError, StepTimeout
+from modelpar.run import cuda
 from modelpar.run.launch.base import Launch
 from modelpar.run.launch.local import ProcessLaunch
 from modelpar.run.launch.threads import ThreadLaunch
@@ -30,7 +31,8 @@ class Workers:
     `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of
     this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one batch
     may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
-    `shared_memory=False` sends the values of a run, too, as messages over RPC, as between hosts.
+    `shared_memory=False` sends the values of a run, too, as messages over RPC, as between hosts. `cuda_ipc=True` leaves
+    CUDA tensors on the device on their way between processes, by CUDA's own sharing; it has not been run yet.
 
     Raises ConfigError for arguments that cannot be used, before anything is started.
     """
@@ -44,6 +46,7 @@ class Workers:
         step_timeout: float | None = None,
         port: int = 0,
         shared_memory: bool = True,
+        cuda_ipc: bool = False,
     ):
         if num_ranks < 1:
             raise ConfigError(f"num_ranks is {num_ranks}; expected at least 1")
@@ -55,8 +58,10 @@ class Workers:
             )
         if not 0 <= port <= 65535:
             raise ConfigError(f"port is {port}; expected 0 to 65535")
+        if cuda_ipc and transport == "rpc" and (reason := cuda.why_not_shared()):
+            raise ConfigError(f"cuda_ipc cannot be used: {reason}; expected cuda_ipc=False, or other memory settings")
         self.num_ranks = num_ranks
-        self._kind, self._port, self._shared_memory = transport, port, shared_memory
+        self._kind, self._port, self._shared_memory, self._cuda_ipc = transport, port, shared_memory, cuda_ipc
         self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
         self._launch: Launch | None = None
         self._commands = [itertools.count() for _ in range(num_ranks)]
@@ -73,7 +78,8 @@ class Workers:
             self._launch = ThreadLaunch(self.num_ranks, self._routes)
         else:
             beat = min(1.0, self._heartbeat_timeout / 4, (self._step_timeout or 4.0) / 4)
-            self._launch = ProcessLaunch(self.num_ranks, self._routes, self._port, beat, self._shared_memory)
+            how = {"shared_memory": self._shared_memory, "cuda_ipc": self._cuda_ipc}
+            self._launch = ProcessLaunch(self.num_ranks, self._routes, self._port, beat, **how)
         self._supervisor.watch(self._launch)
         return self
 

@@ -17,7 +17,7 @@ from threading import Event, Thread
 import torch
 
 from modelpar.errors import StartError
-from modelpar.run import rpc
+from modelpar.run import cuda, rpc
 from modelpar.run.channel import Channel, pair
 from modelpar.run.transport import CONTROLLER, Mailbox, Routes
 from modelpar.run.worker import Worker
@@ -33,7 +33,16 @@ class ProcessLaunch:
     the pipe, and the worker exits.
     """
 
-    def __init__(self, num_ranks: int, routes: Routes, port: int, heartbeat_seconds: float, shared_memory: bool):
+    def __init__(
+        self,
+        num_ranks: int,
+        routes: Routes,
+        port: int,
+        heartbeat_seconds: float,
+        *,
+        shared_memory: bool = True,
+        cuda_ipc: bool = False,
+    ):
         self._store, port = rpc.listen(port)
         rpc.require_no_group()
         ends = {rank: pair() for rank in (CONTROLLER, *range(num_ranks))} if shared_memory else {}
@@ -42,7 +51,7 @@ class ProcessLaunch:
         self.mailbox = Mailbox(routes, self._channel)
         group = secrets.token_hex(4)
         config = {"num_ranks": num_ranks, "group": group, "port": port, "path": sys.path}
-        config["heartbeat_seconds"] = heartbeat_seconds
+        config |= {"heartbeat_seconds": heartbeat_seconds, "cuda_ipc": cuda_ipc}
         # a new session, so that Ctrl-C reaches only the controller, which then ends the workers in order
         self._processes = [
             subprocess.Popen(
@@ -123,6 +132,7 @@ class ProcessLaunch:
                 process.send_signal(how)
         for process in self._processes:
             process.wait()
+            cuda.forget(process.pid)
             assert process.stdin
             with suppress(OSError):
                 process.stdin.close()
@@ -142,7 +152,8 @@ def main() -> None:
     channel = Channel(rank, socket.socket(fileno=config["receiving"]), ways) if ways else None
     mailbox = Mailbox(inbox=channel)
     rpc.connect(config["port"]).set(f"ready/{rank}", b"")
-    transport = rpc.RpcTransport(rank, num_ranks, config["group"], config["port"], mailbox, channel)
+    group, port, cuda_ipc = config["group"], config["port"], config["cuda_ipc"]
+    transport = rpc.RpcTransport(rank, num_ranks, group, port, mailbox, channel, cuda_ipc)
     worker = Worker(rank, mailbox, transport)
     _warm_up()
     beat = (transport, rank, worker.status, config["heartbeat_seconds"])

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from threading import RLock, Thread
-from typing import Any
 
 from modelpar.run.transport import Mailbox, Routes, ThreadTransport
 from modelpar.run.worker import Closed, Worker
@@ -17,8 +15,8 @@ class ThreadLaunch:
         self.mailbox = Mailbox(routes)
         self._mailboxes = [Mailbox() for _ in range(num_ranks)]
         self.transport = ThreadTransport(self._mailboxes, self.mailbox)
-        locks: dict[str, Any] = defaultdict(RLock)  # by device: ranks on one device share its generator
-        self._workers = [Worker(rank, box, self.transport, locks) for rank, box in enumerate(self._mailboxes)]
+        lock = RLock()  # one for all devices: a layer on any of them may draw from the CPU's generator
+        self._workers = [Worker(rank, box, self.transport, lock) for rank, box in enumerate(self._mailboxes)]
         self._threads = [
             Thread(target=worker.serve, name=f"modelpar-rank{worker.rank}", daemon=True) for worker in self._workers
         ]
