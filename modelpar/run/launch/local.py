@@ -168,6 +168,7 @@ def _exit_with_controller() -> None:
         pass
     sys.stdout.flush()
     sys.stderr.flush()
+    cuda.forget(os.getpid())
     os._exit(0)
 
 
