@@ -46,7 +46,7 @@ class Worker:
     def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, lock: Any = None):
         self.rank = rank
         self._mailbox, self._transport = mailbox, transport
-        self._lock = lock
+        self._random_lock = lock
         """A lock for the random generators where several ranks share this process and so them; else None."""
         self._executors: dict[int, Executor] = {}
         self._active: Executor | None = None
@@ -90,12 +90,12 @@ class Worker:
         devices = [cuda.resolve(name) for name in plan.cluster.devices]
         device = devices[self.rank]
         cuda.use(device)
-        alone = self._lock is None or (device.type == "cuda" and devices.count(device) == 1)
+        alone = self._random_lock is None or (device.type == "cuda" and devices.count(device) == 1)
         memory = PeakMemory(device, alone)
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
-            runners[program.stage] = StageRunner(program, settings.seed, device, self._lock)
+            runners[program.stage] = StageRunner(program, settings.seed, device, self._random_lock)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
         self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)
