@@ -14,8 +14,9 @@ from modelpar.planning.plan import Plan
 from modelpar.run import wire
 from modelpar.run.exchange import Exchange
 from modelpar.run.executor import Executor
-from modelpar.run.memory import PeakMemory
+from modelpar.run.memory import PeakMemory, keep_freed_memory
 from modelpar.run.stage_runner import RunContext, StageRunner
+from modelpar.run.sweep import SweepResult, SweepWork, sweep
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
 
@@ -48,6 +49,8 @@ class Worker:
         """One lock per device where several ranks share this process and so its random generators; else None."""
         self._executors: dict[int, Executor] = {}
         self._active: Executor | None = None
+        if locks is None:
+            keep_freed_memory()
 
     def serve(self) -> bool:
         """Does commands until told to stop, then returns True; reports a failure, then returns False."""
@@ -55,6 +58,7 @@ class Worker:
             "load": self._load,
             "unload": self._unload,
             "run": self._run,
+            "sweep": self._sweep,
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
             "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
         }
@@ -83,8 +87,7 @@ class Worker:
     def _load(self, pipeline: int, setup: wire.Parcel, programs: list[wire.Parcel]) -> None:
         plan, settings = cast(tuple[Plan, Settings], wire.receive(setup))
         device = torch.device(plan.cluster.devices[self.rank])
-        memory = PeakMemory(device, owns_process=self._locks is None)
-        lock = None if self._locks is None else self._locks[str(device)]
+        memory, lock = self._memory(device, programs), self._lock(device)
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
@@ -100,6 +103,19 @@ class Worker:
     def _run(self, pipeline: int, run: int, context: RunContext, data_wait: float) -> dict[str, Any]:
         self._active = self._executors[pipeline]
         return self._active.run(run, context, data_wait)
+
+    def _sweep(self, setup: wire.Parcel, programs: list[wire.Parcel], device: str) -> SweepResult:
+        place = torch.device(device)
+        memory = self._memory(place, programs)
+        work: SweepWork = wire.receive(setup)
+        return sweep(work, [wire.receive(parcel) for parcel in programs], place, self._lock(place), memory)
+
+    def _memory(self, device: torch.device, parcels: list[wire.Parcel]) -> PeakMemory:
+        received = sum(t.untyped_storage().nbytes() for parcel in parcels for t in parcel.tensors)
+        return PeakMemory(device, owns_process=self._locks is None, received=received)
+
+    def _lock(self, device: torch.device) -> Any:
+        return None if self._locks is None else self._locks[str(device)]
 
     def _describe(self, error: BaseException) -> Failure:
         try:
