@@ -21,12 +21,13 @@ from modelpar.errors import CaptureError
 from modelpar.machine import Setting
 from modelpar.planning.cluster import Cluster
 from modelpar.planning.graph import ModelGraph
+from modelpar.planning.memory import activation_bytes
 from modelpar.planning.partition import Partition
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.schedule import Action, Op, Schedule
 from modelpar.run import wire
-from modelpar.run.sweep import SweepResult, SweepWork, UnitTimes
+from modelpar.run.sweep import IN_FLIGHT, SweepResult, SweepWork, UnitTimes
 from modelpar.run.update import OptimizerFactory
 from modelpar.run.workers import Workers
 
@@ -120,7 +121,15 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         num_ranks=setting.num_ranks,
         clips=subject.max_norm is not None,
         measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
+        slack_bytes=_slack_bytes([layers[i] for position in chosen for i in runs[position]], results),
     )
+
+
+def _slack_bytes(layers: Sequence[LayerCost], results: Sequence[SweepResult]) -> int:
+    """Returns what ranks took beyond the tensors that these layers hold; 0 where that cannot be measured."""
+    peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]
+    held = sum(2 * layer.parameter_bytes + (layer.optimizer_bytes or 0) for layer in layers)
+    return max(0, min(peaks, default=0) - held - activation_bytes(layers, IN_FLIGHT))
 
 
 def swept_alone(subject: Subject, setting: Setting) -> Profile:

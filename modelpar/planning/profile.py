@@ -70,8 +70,9 @@ class Profile:
     """Whether gradients were clipped while it was measured."""
     measured_at: str = ""
     """ISO 8601, empty where nothing was measured."""
-    slack: float = 1.0
-    """Memory that a process takes per byte that its activations take: what the allocator cannot use again."""
+    slack_bytes: int = 0
+    """What a process takes beyond the tensors that are alive: what the allocator cannot use again, and what operators
+    need inside themselves."""
     link: Link | None = None
     """What a message costs between such ranks; None where that was not measured."""
 

@@ -30,6 +30,8 @@ from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.update import OptimizerFactory
 
+IN_FLIGHT = 2
+"""How many micro-batches are alive at once."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 40
 _WARMUP_ROUNDS = 1
 _SPLITS = 3
@@ -71,16 +73,24 @@ class SweepResult(NamedTuple):
     times: tuple[UnitTimes, ...]
     """One per program but the last."""
     peak_bytes: int | None
-    """The most memory that it took, where that can be measured; two micro-batches were alive at once."""
+    """The most memory that it took, where that can be measured; IN_FLIGHT micro-batches were alive at once."""
 
 
 def sweep(
-    work: SweepWork, programs: Sequence[StageProgram], device: torch.device, lock: Any, memory: PeakMemory
+    work: SweepWork,
+    programs: Sequence[StageProgram],
+    device: torch.device,
+    lock: Any,
+    watch_memory: Callable[[], PeakMemory],
 ) -> SweepResult:
-    """Times programs, in execution order. Where threads share a process, `lock` guards its random generators."""
+    """Times programs, in execution order. Where threads share a process, `lock` guards its random generators.
+
+    `watch_memory` is called when the programs' code has been used once: what that loads stays.
+    """
     torch.set_num_threads(work.num_threads)
     clock = _clock(device, work.num_threads)
     shares = _input_shares(work, programs, device, clock)
+    memory = watch_memory()
     runs = _Runs(work, programs, device, lock, clock)
     rounds: list[list[_Step]] = []
     begun = time.perf_counter()

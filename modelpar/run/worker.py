@@ -106,9 +106,9 @@ class Worker:
 
     def _sweep(self, setup: wire.Parcel, programs: list[wire.Parcel], device: str) -> SweepResult:
         place = torch.device(device)
-        memory = self._memory(place, programs)
         work: SweepWork = wire.receive(setup)
-        return sweep(work, [wire.receive(parcel) for parcel in programs], place, self._lock(place), memory)
+        received = [wire.receive(parcel) for parcel in programs]
+        return sweep(work, received, place, self._lock(place), lambda: self._memory(place, programs))
 
     def _memory(self, device: torch.device, parcels: list[wire.Parcel]) -> PeakMemory:
         received = sum(t.untyped_storage().nbytes() for parcel in parcels for t in parcel.tensors)
