@@ -66,7 +66,8 @@ class Sink(nn.Module):
 def calibrate(workers: Workers, setting: Setting) -> Link:
     """Returns what a message and an action cost between the first ranks of running workers, in a few seconds."""
     num_ranks = setting.num_ranks
-    work = [nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))) for _ in range(num_ranks)]
+    with torch.random.fork_rng(devices=[]):
+        work = [nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))) for _ in range(num_ranks)]
     inputs = torch.zeros(_SAMPLES * _MICROBATCHES, _WIDTH)
     busy, profile = _run(workers, setting, nn.Sequential(*work), inputs, _MICROBATCHES, _STEPS)
     layers = [nn.Sequential(Source(LARGE)), *(nn.Identity() for _ in range(num_ranks - 2)), Sink()]
@@ -107,25 +108,27 @@ def link_of(busy: Sequence[Timeline], profile: Profile, large: Sequence[Timeline
     """Returns the link that explains timelines: of a busy pipeline with a layer of the profile per rank, whose messages
     have SMALL bytes, and of one with nothing to compute and messages of LARGE bytes."""
     few, many = _message(busy), _message(large)
-
-    def bandwidth(small: float, large: float) -> float:
-        return (LARGE - SMALL) / (large - small) if large > small else float("inf")
-
-    num_ranks = busy[0].num_ranks
-    own = sum(layer.seconds for layer in profile.layers) / (2 * len(profile.layers))
+    (sending, send_bandwidth), (latency, bandwidth), (taking, take_bandwidth) = map(_fixed_and_rate, few, many)
+    own = sum(layer.seconds for layer in profile.layers) / (2 * busy[0].num_ranks)
     firsts = [_first(timeline) for timeline in busy]
     reduces = [sum(s.seconds for s in timeline.of_rank(0) if s.kind == "reduce") for timeline in busy]
     return Link(
-        latency=few.wire,
-        bandwidth=bandwidth(few.wire, many.wire),
-        send_seconds=few.send,
-        send_bandwidth=bandwidth(few.send, many.send),
-        take_seconds=few.take,
-        take_bandwidth=bandwidth(few.take, many.take),
-        action_seconds=max(0.0, _action(busy) - own * len(profile.layers) / num_ranks),
+        latency=latency,
+        bandwidth=bandwidth,
+        send_seconds=sending,
+        send_bandwidth=send_bandwidth,
+        take_seconds=taking,
+        take_bandwidth=take_bandwidth,
+        action_seconds=max(0.0, _action(busy) - own),
         data_seconds=max(0.0, _typical(firsts)),
         end_seconds=max(0.0, _typical(reduces) - profile.layers[0].reduce_seconds),
     )
+
+
+def _fixed_and_rate(small: float, large: float) -> tuple[float, float]:
+    """Returns the seconds at no bytes and the bytes per second of a line through both; never less than flat."""
+    rate = (LARGE - SMALL) / (large - small) if large > small else float("inf")
+    return max(0.0, small - SMALL / rate), rate
 
 
 def _action(timelines: Sequence[Timeline]) -> float:
@@ -178,10 +181,11 @@ def _wires(timeline: Timeline) -> Iterator[float]:
 
 
 def _gaps(timeline: Timeline) -> Iterator[float]:
-    """Yields the time between what a rank did before and its next action: taking values, and bookkeeping."""
+    """Yields the time between what a rank did before and an action that takes another stage's value."""
+    ends = {("F", 0), ("B", timeline.num_ranks - 1)}
     for rank in range(timeline.num_ranks):
         for before, action in pairwise(timeline.of_rank(rank)):
-            if action.kind in COMPUTE:
+            if action.kind in COMPUTE and (action.kind, action.stage) not in ends:
                 yield action.start - before.end
 
 

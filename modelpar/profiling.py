@@ -96,12 +96,11 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         seconds=seconds,
     )
     with torch.random.fork_rng(devices=[]):  # ranks that are threads draw from this process's generator
-        parcels = [_ship(f"stage {program.stage}", program) for program in programs]
         setup = _ship("the optimizer", work)
-        tickets = [
-            workers.command(rank, "sweep", setup=setup, programs=parcels, device=device)
-            for rank, device in enumerate(setting.devices)
-        ]
+        tickets = []
+        for rank, device in enumerate(setting.devices):  # ranks that are threads must not share what they are sent
+            parcels = [_ship(f"stage {program.stage}", program) for program in programs]
+            tickets.append(workers.command(rank, "sweep", setup=setup, programs=parcels, device=device))
         results: list[SweepResult] = workers.wait_replies(tickets)
     times = {
         key: _mean(
