@@ -123,7 +123,7 @@ def prediction_notes(plan: Plan) -> list[str]:
 def profile_table(profile: Profile) -> Table:
     """Returns what each layer costs per micro-batch, and what the optimizer's update of it costs per step."""
     what = f"{profile.num_ranks} ranks busy" if profile.source == "measured" else "counted FLOPs at a nominal speed"
-    table = _table(f"{profile.microbatch_size} samples per micro-batch, {what}")
+    table = _table(f"{profile.microbatch_size} samples per micro-batch, {what}; times in ms, sizes in MB")
     table.add_column("layer", no_wrap=True)
     names = ("F", "I", "W", "update", "GFLOP", "parameters", "saved", "output")
     for name in names:
@@ -142,9 +142,9 @@ _ADDED += ("output_bytes", "reduce_seconds", "update_seconds")
 
 def _cost_cells(cost: LayerCost) -> list[str]:
     seconds = (cost.forward_seconds, cost.input_grad_seconds, cost.weight_grad_seconds)
-    times = [ms(value) for value in (*seconds, cost.reduce_seconds + cost.update_seconds)]
-    sizes = [megabytes(value) for value in (cost.parameter_bytes, cost.saved_bytes, cost.output_bytes)]
-    return [*times, f"{cost.flops / 1e9:.3g}", *sizes]
+    times = [1e3 * value for value in (*seconds, cost.reduce_seconds + cost.update_seconds)]
+    sizes = [value / 1e6 for value in (cost.parameter_bytes, cost.saved_bytes, cost.output_bytes)]
+    return [f"{value:.3g}" for value in (*times, cost.flops / 1e9, *sizes)]
 
 
 def profile_summary(plan: Plan, path: str) -> Text:
