@@ -4,10 +4,10 @@
 
     busy      rank 0   F send F send . B F send . B .          the same work on every rank, small messages
               rank 1   . . . F B send . F B send
-    large     rank 0   F send . . . . . . . . B                nothing to compute, one large message each way
+    idle      rank 0   F send . . . . . . . . B                nothing to compute, one message each way, small or large
               rank 1   . . . . . . F B send
 
-The first gives what comes with every action while all ranks compute; the second what a message costs per byte.
+The first gives what comes with every action while all ranks compute; the others what a message costs per byte.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ from modelpar.run.pipeline import Pipeline
 from modelpar.run.workers import Workers
 
 LARGE = 8_000_000
-"""Bytes of the messages that tell the part of a cost that grows with size."""
+"""Bytes of the messages that tell, with small ones, the part of a cost that grows with size."""
 _WIDTH, _SAMPLES, _MICROBATCHES = 512, 64, 8
-"""Of the busy pipeline: its messages have 128 KB."""
-_STEPS, _LARGE_STEPS, _WARMUP_STEPS = 12, 8, 3
-_SWEEP_SECONDS = 0.5
+"""Of the busy pipeline."""
 SMALL = _WIDTH * _SAMPLES * 4
+"""Bytes of its messages: 128 KB."""
+_STEPS, _IDLE_STEPS, _WARMUP_STEPS = 12, 8, 3
+_SWEEP_SECONDS = 0.5
 
 
 class Source(nn.Module):
@@ -70,9 +71,11 @@ def calibrate(workers: Workers, setting: Setting) -> Link:
         work = [nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))) for _ in range(num_ranks)]
     inputs = torch.zeros(_SAMPLES * _MICROBATCHES, _WIDTH)
     busy, profile = _run(workers, setting, nn.Sequential(*work), inputs, _MICROBATCHES, _STEPS)
-    layers = [nn.Sequential(Source(LARGE)), *(nn.Identity() for _ in range(num_ranks - 2)), Sink()]
-    large, _ = _run(workers, setting, nn.Sequential(*layers), torch.zeros(1, 1), 1, _LARGE_STEPS)
-    return link_of(busy, profile, large)
+    idle = []
+    for num_bytes in (SMALL, LARGE):
+        layers = [Source(num_bytes), *(nn.Identity() for _ in range(num_ranks - 2)), Sink()]
+        idle.append(_run(workers, setting, nn.Sequential(*layers), torch.zeros(1, 1), 1, _IDLE_STEPS)[0])
+    return link_of(busy, profile, *idle)
 
 
 def _run(
@@ -104,11 +107,11 @@ def _loss(output: Tensor, targets: Tensor) -> Tensor:
     return output.mean()
 
 
-def link_of(busy: Sequence[Timeline], profile: Profile, large: Sequence[Timeline]) -> Link:
+def link_of(busy: Sequence[Timeline], profile: Profile, small: Sequence[Timeline], large: Sequence[Timeline]) -> Link:
     """Returns the link that explains timelines: of a busy pipeline with a layer of the profile per rank, whose messages
-    have SMALL bytes, and of one with nothing to compute and messages of LARGE bytes."""
-    few, many = _message(busy), _message(large)
-    (sending, send_bandwidth), (latency, bandwidth), (taking, take_bandwidth) = map(_fixed_and_rate, few, many)
+    have SMALL bytes, and of two with nothing to compute and messages of SMALL and of LARGE bytes."""
+    costs = map(_fixed_and_rate, _message(busy), _message(small), _message(large))
+    (sending, send_bandwidth), (latency, bandwidth), (taking, take_bandwidth) = costs
     own = sum(layer.seconds for layer in profile.layers) / (2 * busy[0].num_ranks)
     firsts = [_first(timeline) for timeline in busy]
     reduces = [sum(s.seconds for s in timeline.of_rank(0) if s.kind == "reduce") for timeline in busy]
@@ -125,10 +128,10 @@ def link_of(busy: Sequence[Timeline], profile: Profile, large: Sequence[Timeline
     )
 
 
-def _fixed_and_rate(small: float, large: float) -> tuple[float, float]:
-    """Returns the seconds at no bytes and the bytes per second of a line through both; never less than flat."""
+def _fixed_and_rate(busy: float, small: float, large: float) -> tuple[float, float]:
+    """Returns the seconds that no bytes take a busy rank, and the bytes per second that more of them take."""
     rate = (LARGE - SMALL) / (large - small) if large > small else float("inf")
-    return max(0.0, small - SMALL / rate), rate
+    return max(0.0, busy - SMALL / rate), rate
 
 
 def _action(timelines: Sequence[Timeline]) -> float:

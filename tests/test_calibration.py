@@ -41,7 +41,8 @@ def test_the_link_of_simulated_timelines_is_the_one_they_were_simulated_with(num
     busy = LayerCost("busy", 10.0, 6.0, 4.0, reduce_seconds=0.25, update_seconds=1.0)
     idle = LayerCost("idle", 0.0, 0.0, 0.0, reduce_seconds=0.25, update_seconds=1.0)
     profile = Profile((busy,) * num_ranks, 1, "measured")
-    found = link_of([timeline(num_ranks, 8, SMALL, busy)] * 4, profile, [timeline(num_ranks, 1, LARGE, idle)] * 4)
+    small, large = ([timeline(num_ranks, 1, size, idle)] * 4 for size in (SMALL, LARGE))
+    found = link_of([timeline(num_ranks, 8, SMALL, busy)] * 4, profile, small, large)
     assert found.send(SMALL) == pytest.approx(LINK.send(SMALL))
     assert found.send(LARGE) == pytest.approx(LINK.send(LARGE))
     assert found.seconds(SMALL) == pytest.approx(LINK.seconds(SMALL))
@@ -52,7 +53,8 @@ def test_the_link_of_simulated_timelines_is_the_one_they_were_simulated_with(num
 
 def test_one_rank_sends_nothing():
     busy = LayerCost("busy", 10.0, 6.0, 4.0, reduce_seconds=0.25, update_seconds=1.0)
-    found = link_of([timeline(1, 8, SMALL, busy)] * 4, Profile((busy,), 1, "measured"), [timeline(1, 1, LARGE, busy)])
+    steps = [timeline(1, 8, SMALL, busy)] * 4
+    found = link_of(steps, Profile((busy,), 1, "measured"), steps, steps)
     assert found.hand_off(1e9) == 0.0
     assert found.action_seconds == pytest.approx(LINK.action_seconds)
 

@@ -125,7 +125,7 @@ def profile_table(profile: Profile) -> Table:
     what = f"{profile.num_ranks} ranks busy" if profile.source == "measured" else "counted FLOPs at a nominal speed"
     table = _table(f"{profile.microbatch_size} samples per micro-batch, {what}; times in ms, sizes in MB")
     table.add_column("layer", no_wrap=True)
-    names = ("F", "I", "W", "update", "GFLOP", "parameters", "saved", "output")
+    names = ("F", "I", "W", "update", "GFLOP", "params", "saved", "output")
     for name in names:
         table.add_column(name, justify="right", no_wrap=True)
     for cost in profile.layers:
