@@ -1,4 +1,4 @@
-"""The command line: `modelpar train`, `simulate`, `compare`, `view`."""
+"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `view`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ _COMMANDS = {
     "train": "train a model in stages",
     "simulate": "predict a step and draw it; starts no process",
     "compare": "compare partitions and schedules, predicted and measured",
+    "profile": "measure what each layer costs with all ranks busy, and save it",
     "view": "show runs in TensorBoard",
 }
 _EXAMPLES = {
@@ -37,6 +38,10 @@ _EXAMPLES = {
     "compare": (
         "modelpar compare partition=uniform,by_parameters,optimal schedule=gpipe,1f1b",
         "modelpar compare pipeline.num_microbatches=4,8,16 measure=0",
+    ),
+    "profile": (
+        "modelpar profile model=gpt pipeline.num_ranks=2",
+        "modelpar profile model=convnet pipeline.num_microbatches=16 file=convnet.json",
     ),
     "view": ("modelpar view runs", "modelpar view runs/first runs/second --port 6007"),
 }
@@ -55,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command != "view" and {"-h", "--help"} & set(rest):
             print(_command_help(command))
             return
-        {"train": _train, "simulate": _simulate, "compare": _compare, "view": _view}[command](rest)
+        commands = {"train": _train, "simulate": _simulate, "compare": _compare, "profile": _profile, "view": _view}
+        commands[command](rest)
     except KeyboardInterrupt:
         sys.exit(130)
     except ModelparError as error:
@@ -129,6 +135,13 @@ def _compare(words: list[str]) -> None:
     from modelpar.compare import compare
 
     compare(overrides, Console())
+
+
+def _profile(words: list[str]) -> None:
+    config = configs.load("profile", _overrides("profile", words))
+    from modelpar.profile import profile
+
+    profile(config, Console())
 
 
 def _view(words: list[str]) -> None:

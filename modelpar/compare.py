@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean, median
 
@@ -52,18 +53,20 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
     combinations = list(dict.fromkeys(itertools.product(*lists)))
     loaded = [configs.load("compare", combination) for combination in combinations]
     _check_same(loaded)
-    candidates = _plan_all(loaded, [_name(combination, lists) for combination in combinations])
-    first = candidates[0].config
-    by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
-    measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
-    for candidate in measured:
-        candidate.task.pipeline(candidate.plan)  # finds out what cannot train, before anything is made
-    workers = candidates[0].task.workers(max(candidate.plan.num_ranks for candidate in measured or candidates))
-    folder = RunDir.create(first.output.folder, first.output.name, "compare")
+    tasks = _tasks_of(loaded)
+    first = loaded[0]
     with ExitStack() as exits:
+        workers = tasks[0].workers(max(1, *(config.pipeline.num_ranks for config in loaded)))
+        start = cache(lambda: exits.enter_context(workers))
+        candidates = _plan_all(tasks, [_name(combination, lists) for combination in combinations], start)
+        by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
+        measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
+        for candidate in measured:
+            candidate.task.pipeline(candidate.plan)  # finds out what cannot train, before anything is made
+        folder = RunDir.create(first.output.folder, first.output.name, "compare")
         exits.callback(folder.remove_if_empty)
         if measured:
-            _measure(measured, workers, console)
+            _measure(measured, start(), console)
         for candidate in candidates:
             candidate.run = _write_run(candidate, folder.path)
     rows = best_first([_row(candidate) for candidate in candidates])
@@ -93,48 +96,59 @@ _OF_TASK = ["model", "data", "training", "optimizer", "lr_schedule"]
 """The parts of a configuration that `task_of` reads."""
 
 
-def _plan_all(loaded: list[DictConfig], names: list[str]) -> list[_Candidate]:
+def _tasks_of(loaded: list[DictConfig]) -> list[Task]:
+    """Returns the task of each configuration; those that differ only in how to split share model and data."""
+    known: dict[str, Task] = {}
+    tasks = []
+    for config in loaded:
+        what = _what(config)
+        if what not in known:
+            known[what] = task_of(config)
+        tasks.append(replace(known[what], config=config))
+    return tasks
+
+
+def _plan_all(tasks: list[Task], names: list[str], start: Callable[[], Workers]) -> list[_Candidate]:
     """Plans every combination; those of the same model, micro-batches and threads share one profile."""
     profiles: dict[tuple[object, ...], Profile] = {}
-    tasks: dict[str, Task] = {}
     candidates = []
-    for config, name in zip(loaded, names, strict=True):
-        what = OmegaConf.to_yaml(OmegaConf.masked_copy(config, _OF_TASK))
-        if what not in tasks:
-            tasks[what] = task_of(config)
-        task = replace(tasks[what], config=config)
-        pipeline = config.pipeline
+    for task, name in zip(tasks, names, strict=True):
+        pipeline = task.config.pipeline
         ranks = (pipeline.num_ranks, str(pipeline.devices), pipeline.num_threads)
-        key = (what, pipeline.profile, pipeline.num_microbatches, *ranks)
-        plan = task.plan(profiles.get(key))
+        key = (_what(task.config), pipeline.profile, pipeline.num_microbatches, *ranks)
+        plan = task.plan(profiles.get(key), start)
         profiles[key] = plan.profile
-        candidates.append(_Candidate(name, config, task, plan))
+        candidates.append(_Candidate(name, task.config, task, plan))
     return candidates
 
 
+def _what(config: DictConfig) -> str:
+    """Returns what is trained, as text."""
+    return OmegaConf.to_yaml(OmegaConf.masked_copy(config, _OF_TASK))
+
+
 def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -> None:
-    """Runs all different plans in turn, round after round, on one set of workers."""
+    """Runs all different plans in turn, round after round, on running workers."""
     comparison = candidates[0].config.comparison
     same: dict[str, list[_Candidate]] = {}
     for candidate in candidates:
         same.setdefault(_runs_as(candidate), []).append(candidate)
-    with workers:
-        turns = list(itertools.product(range(comparison.rounds), same.values()))
-        for _, equals in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
-            task, plan = equals[0].task, equals[0].plan
-            with task.pipeline(plan, workers) as pipeline:
-                training = task.config.training
-                batches = task.data.batches(training.batch_size, training.seed)
-                results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
-            for candidate in equals:
-                candidate.results += results[1:]
+    turns = list(itertools.product(range(comparison.rounds), same.values()))
+    for _, equals in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
+        task, plan = equals[0].task, equals[0].plan
+        with task.pipeline(plan, workers) as pipeline:
+            training = task.config.training
+            batches = task.data.batches(training.batch_size, training.seed)
+            results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
+        for candidate in equals:
+            candidate.results += results[1:]
 
 
 def _runs_as(candidate: _Candidate) -> str:
     """Returns what a candidate's run depends on, as text."""
     plan = candidate.plan
     placed = [plan.partition.bounds, plan.schedule.lines(), plan.cluster.devices, plan.num_threads, plan.tied]
-    return OmegaConf.to_yaml(OmegaConf.masked_copy(candidate.config, _OF_TASK)) + repr(placed)
+    return _what(candidate.config) + repr(placed)
 
 
 def _row(candidate: _Candidate) -> Row:

@@ -161,6 +161,8 @@ _NULLABLE: dict[str, type] = {
     "pipeline.num_threads": int,
     "pipeline.devices": ListConfig,
     "transport.step_timeout": float,
+    "transport.latency": float,
+    "transport.bandwidth": float,
     "measure": int,
 }
 """What may be null, and its type where it is not."""

@@ -3,22 +3,30 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
 import torch
 
+from modelpar import cache
+from modelpar.calibration import calibrate
 from modelpar.capture import profiler, sequential
 from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
 from modelpar.errors import ConfigError
+from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
 from modelpar.planning.cluster import Cluster, Link
 from modelpar.planning.partitioners import Partitioner
 from modelpar.planning.plan import Plan, ScheduleGenerator
 from modelpar.planning.profile import Profile
 from modelpar.planning.simulate import predict, prediction
+from modelpar.profiling import Subject, swept, swept_alone
+from modelpar.run.update import OptimizerFactory
+from modelpar.run.workers import Workers
 
-LOCAL_LINK = Link(latency=0.5e-3, bandwidth=2e9)
-"""A message between two processes of one host, as measured for TensorPipe over uv and cma."""
+UNMEASURED_LINKS = {"rpc": Link(latency=0.5e-3, bandwidth=2e9), "threads": Link(latency=0.1e-3)}
+"""What a message is taken to cost, by transport, where that was not measured."""
 
 
 def plan(
@@ -31,18 +39,26 @@ def plan(
     schedule: ScheduleGenerator = schedules.one_f_one_b,
     num_threads: int | None = None,
     devices: Sequence[str] | None = None,
-    link: Link = LOCAL_LINK,
-    profile: str | Profile = "measured",
+    link: Link | None = None,
+    profile: str | Path | Profile = "measured",
     tied: str = "fast",
     seed: int = 0,
+    optimizer: OptimizerFactory | None = None,
+    max_norm: float | None = None,
+    transport: str = "rpc",
+    workers: Callable[[], Workers] | Workers | None = None,
 ) -> Plan:
     """Decides how to split, place and schedule an objective for batches like the example.
 
-    `profile` is "measured" (isolated times on this machine), "flops" (counted, free of noise) or a Profile.
-    `num_threads` per rank is by default max(1, cores // ranks). `devices` are torch devices, one per rank; by default
-    CUDA devices where there are any, else the CPU.
+    `profile` is "measured" (by the ranks, all busy at once; what this machine has measured before is not measured
+    again), "anew" (measured again), "alone" (as measured before, or else timed in this process), "flops" (counted, free
+    of noise), the path of a profile.json, or a Profile. Where it has to measure it starts ranks for a few seconds;
+    running `workers`, or a function that starts some, save that. With an `optimizer` and a `max_norm` a profile tells
+    what these cost.
+    `link` overrides what a message is measured to cost. `num_threads` per rank is by default max(1, cores // ranks).
+    `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
 
-    Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work; starts no process.
+    Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work, before it starts anything.
     """
     if num_ranks < 1 or num_microbatches < 1:
         raise ConfigError(
@@ -51,44 +67,81 @@ def plan(
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}; expected at least 1")
     num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
-    cluster = Cluster(place(num_ranks, devices), link=link)
+    setting = Setting(place(num_ranks, devices), num_threads, transport)
     order = schedule(num_ranks, num_microbatches)
     model = objective.build(seed)
     size = batch_size(example_batch[0], objective.batch_dim)
     sizes = microbatch_sizes(size, num_microbatches)
-    microbatch = tuple(split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
-    graph = sequential.capture(objective, (microbatch[0], microbatch[1]), model)
-    if isinstance(profile, str):
-        profile = make_profile(profile, objective, graph, (microbatch[0], microbatch[1]), model, cluster, num_threads)
-    decided = Plan(
-        graph=graph,
-        profile=profile,
-        cluster=cluster,
-        partition=partitioner(graph, profile, cluster, order.num_stages),
-        schedule=order,
-        generator=schedule,
-        num_threads=num_threads,
-        tied=tied,
-    )
-    return decided.with_prediction(prediction(predict(decided)))
+    inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
+    graph = sequential.capture(objective, (inputs, targets), model)
+    count = profiler.count(objective, graph, (inputs, targets), model)
+    subject = Subject(objective, graph, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
+
+    def decided(profile: Profile) -> Plan:
+        cluster = Cluster(setting.devices, link=link or profile.link or UNMEASURED_LINKS[transport])
+        return Plan(
+            graph=graph,
+            profile=profile,
+            cluster=cluster,
+            partition=partitioner(graph, profile, cluster, order.num_stages),
+            schedule=order,
+            generator=schedule,
+            num_threads=num_threads,
+            tied=tied,
+        )
+
+    decided(count.profile)  # finds out what cannot work, before anything is started
+    found = decided(_profile(profile, subject, setting, workers))
+    return found.with_prediction(prediction(predict(found)))
 
 
-def make_profile(
-    kind: str,
-    objective: Objective,
-    graph: sequential.ModelGraph,
-    microbatch: Batch,
-    model: torch.nn.Module,
-    cluster: Cluster,
-    num_threads: int,
+def _profile(
+    wanted: str | Path | Profile,
+    subject: Subject,
+    setting: Setting,
+    workers: Callable[[], Workers] | Workers | None,
 ) -> Profile:
-    """Returns the profile of one micro-batch: "measured" or "flops"."""
-    if kind == "flops":
-        return profiler.count_flops(objective, graph, microbatch, model)
-    if kind == "measured":
-        device = torch.device(cluster.devices[0])
-        return profiler.measure(objective, graph, microbatch, model, num_threads=num_threads, device=device)
-    raise ConfigError(f'profile is {kind!r}; expected "measured" or "flops"')
+    """Returns the profile that `plan` was asked for."""
+    if isinstance(wanted, Path) or (isinstance(wanted, str) and wanted.endswith(".json")):
+        wanted, what = Profile.load(wanted), f"the profile {wanted}"
+        wanted.check_fits([layer.name for layer in subject.graph.layers], subject.count.profile.microbatch_size, what)
+    if isinstance(wanted, Profile):
+        return wanted
+    if wanted == "flops":
+        return subject.count.profile
+    if wanted not in ("measured", "anew", "alone"):
+        raise ConfigError(f"profile is {wanted!r}; expected measured, anew, alone, flops, or the path of a .json file")
+    known = known_profile(subject, setting)
+    if known is not None and wanted != "anew":
+        return known
+    if wanted == "alone":
+        return swept_alone(subject, setting)
+    if workers is None:
+        with Workers(setting.num_ranks, transport=setting.transport) as started:
+            return measured_profile(subject, setting, started, anew=wanted == "anew")
+    running = workers if isinstance(workers, Workers) else workers()
+    return measured_profile(subject, setting, running, anew=wanted == "anew")
+
+
+def known_profile(subject: Subject, setting: Setting) -> Profile | None:
+    """Returns what this machine has measured of a subject before, on such ranks; starts nothing."""
+    link = cache.load("link", setting.key())
+    found = cache.load("profile", {**subject.key(), **setting.key()})
+    return Profile.from_json({**found, "link": link}) if found and link else None
+
+
+def measured_profile(subject: Subject, setting: Setting, workers: Workers, *, anew: bool = False) -> Profile:
+    """Returns the profile that ranks measure, with what a message costs between them, and keeps both.
+
+    The latter is measured where it is not known yet, or `anew`.
+    """
+    link = None if anew else cache.load("link", setting.key())
+    if link is None:
+        link = calibrate(workers, setting).to_json()
+        cache.save("link", setting.key(), link)
+    profile = swept(subject, setting, workers)
+    cache.save("profile", {**subject.key(), **setting.key()}, profile.to_json())
+    return replace(profile, link=Link.from_json(link))
 
 
 def place(num_ranks: int, devices: Sequence[str] | None = None) -> tuple[str, ...]:

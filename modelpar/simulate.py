@@ -11,8 +11,13 @@ from modelpar.task import task_of
 
 
 def simulate(config: DictConfig, console: Console) -> None:
-    """Prints the partition, the predicted timeline and its numbers."""
-    plan = task_of(config).plan()
+    """Prints the partition, the predicted timeline and its numbers.
+
+    With profile=measured it uses what this machine has measured before; where there is nothing, it times the layers in
+    this process, one rank's worth, and says so.
+    """
+    profile = config.pipeline.profile
+    plan = task_of(config).plan("alone" if profile == "measured" else profile)
     timeline = predict(plan)
     console.print(partition_table(plan))
     for note in prediction_notes(plan):

@@ -14,7 +14,7 @@ from omegaconf import DictConfig
 from modelpar.capture.objective import Batch, Objective
 from modelpar.data.base import Data
 from modelpar.errors import ConfigError, ModelparError
-from modelpar.planner import plan
+from modelpar.planner import UNMEASURED_LINKS, plan
 from modelpar.planning.cluster import Link
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
@@ -34,8 +34,12 @@ class Task:
     optimizer: Callable[..., torch.optim.Optimizer]
     lr_schedule: Callable[..., Any]
 
-    def plan(self, profile: Profile | None = None) -> Plan:
-        """Decides how to split and schedule it. A profile of the same model and micro-batches saves measuring again."""
+    def plan(self, profile: str | Profile | None = None, workers: Callable[[], Workers] | None = None) -> Plan:
+        """Decides how to split and schedule it.
+
+        A profile of the same model and micro-batches saves measuring again. `workers` starts ranks to measure on, and
+        is called only where that has to be.
+        """
         pipeline, transport = self.config.pipeline, self.config.transport
         return plan(
             self.objective,
@@ -46,10 +50,23 @@ class Task:
             schedule=make(self.config.schedule, "schedule"),
             num_threads=pipeline.num_threads,
             devices=pipeline.devices,
-            link=Link(transport.latency, transport.bandwidth),
+            link=self._link(),
             profile=profile or pipeline.profile,
             tied=pipeline.tied,
+            optimizer=self.optimizer,
+            max_norm=self.config.training.max_norm,
+            transport=transport.kind,
+            workers=workers,
         )
+
+    def _link(self) -> Link | None:
+        """Returns the link that the configuration gives, None where it leaves both numbers to be measured."""
+        transport = self.config.transport
+        if transport.latency is None and transport.bandwidth is None:
+            return None
+        usual = UNMEASURED_LINKS.get(transport.kind, Link())
+        latency = usual.latency if transport.latency is None else transport.latency
+        return Link(latency, usual.bandwidth if transport.bandwidth is None else transport.bandwidth)
 
     def workers(self, num_ranks: int) -> Workers:
         """Returns workers as the configuration wants them, not yet started."""

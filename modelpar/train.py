@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
@@ -39,18 +40,20 @@ def train(config: DictConfig, console: Console) -> RunDir:
     finished are in the event file and in result.json.
     """
     task = task_of(config)
-    plan = task.plan()
-    workers = task.workers(plan.num_ranks)
-    pipeline = task.pipeline(plan, workers)
-    run = RunDir.create(config.output.folder, config.output.name, f"{_model_name(config)}-{choice(config, 'schedule')}")
-    record, status = Record(plan), "failed"
     with ExitStack() as exits:
+        workers = task.workers(max(1, config.pipeline.num_ranks))  # planning refuses fewer, and says why
+        start = cache(lambda: exits.enter_context(workers))
+        plan = task.plan(workers=start)
+        pipeline = task.pipeline(plan, workers)
+        stem = f"{_model_name(config)}-{choice(config, 'schedule')}"
+        run = RunDir.create(config.output.folder, config.output.name, stem)
+        record, status = Record(plan), "failed"
         exits.callback(run.remove_if_empty)
         console.print(task.data.description, highlight=False, markup=False)
         console.print(partition_table(plan))
         for note in prediction_notes(plan):
             console.print(note, style="yellow", highlight=False)
-        exits.enter_context(workers)
+        start()
         exits.enter_context(pipeline)
         OmegaConf.save(config, run.config)
         plan.save(run.plan)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from textwrap import dedent
@@ -15,6 +16,14 @@ from modelpar.run.workers import Workers
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder():
+    """Keeps what is measured for this session only, also in processes that tests start."""
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield Path(folder)
 
 
 class Shared:

@@ -47,7 +47,7 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_there_are_files():
-    assert {"train", "simulate", "compare"} == set(COMMANDS)
+    assert {"train", "simulate", "compare", "profile"} == set(COMMANDS)
     assert {group for group, _ in FILES} == set(configs.GROUPS)
     assert {
         ("model", "gpt"),
@@ -105,7 +105,8 @@ def test_a_command_takes_what_train_takes(command):
     train, config = configs.load("train", []), configs.load(command, [])
     own = {key: value for key, value in config.items() if key not in train}
     assert OmegaConf.masked_copy(config, list(train)) == train
-    assert own == ({"comparison": {"rounds": 3, "steps": 4}, "measure": None} if command == "compare" else {})
+    more = {"compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None}, "profile": {"file": "profile.json"}}
+    assert own == more.get(command, {})
     assert train.model == configs.load("train", ["model=gpt"]).model
     assert train.data == configs.load("train", ["data=stdlib"]).data
 

@@ -71,7 +71,13 @@ def test_the_code_that_loads_weights_runs(tmp_path, monkeypatch):
 
 def test_the_commands_of_the_readme_are_real():
     shown = commands(ROOT / "README.md")
-    assert {words[1] for words in shown if words[0] == "modelpar"} == {"train", "simulate", "compare", "view"}
+    assert {words[1] for words in shown if words[0] == "modelpar"} == {
+        "train",
+        "simulate",
+        "compare",
+        "profile",
+        "view",
+    }
     for words in shown:
         check_command(words)
 
@@ -102,7 +108,7 @@ def check_command(words: list[str]) -> None:
         for overrides in zip_longest(*lists):  # every choice once; together they are many
             configs.load(command, [override for override in overrides if override])
     else:
-        assert command in ("train", "simulate"), words
+        assert command in ("train", "simulate", "profile"), words
         configs.load(command, rest)
 
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modelpar import Objective, Plan, partitioners, plan, schedules
+from modelpar import Objective, Plan, Workers, partitioners, plan, schedules
 from modelpar.errors import CaptureError, ConfigError, PartitionError, PlanError
-from modelpar.planner import LOCAL_LINK, place
+from modelpar.planner import UNMEASURED_LINKS, place
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +23,17 @@ def objective():
 BATCH = torch.randn(12, 8), torch.randint(3, (12,))
 
 
-def test_the_defaults(objective):
-    decided = plan(objective, BATCH)
+def test_the_defaults(objective, shared_workers):
+    decided = plan(objective, BATCH, workers=shared_workers["rpc"].get)
     assert (decided.num_ranks, decided.num_microbatches, decided.tied) == (2, 8, "fast")
     assert decided.schedule.lines() == schedules.one_f_one_b(2, 8).lines()
     assert (decided.partition.method, sum(decided.partition.balance)) == ("optimal", 7)
     assert decided.num_threads == max(1, (os.cpu_count() or 1) // 2)
     assert (decided.profile.source, decided.profile.num_threads) == ("measured", decided.num_threads)
     assert decided.profile.microbatch_size == 2  # the first of 12 samples in 8 micro-batches
-    assert decided.cluster.link == LOCAL_LINK
+    assert decided.profile.num_ranks == 2
+    assert decided.cluster.link == decided.profile.link
+    assert plan(objective, BATCH, profile="flops").cluster.link == UNMEASURED_LINKS["rpc"]
     assert decided.prediction.step_seconds > 0
 
 
@@ -67,10 +69,14 @@ def test_planning_changes_neither_the_model_nor_the_random_numbers():
     model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 3))
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     expected = torch.get_rng_state()
-    plan(Objective(model, F.cross_entropy), BATCH, num_microbatches=2)
+    with Workers(2, transport="threads") as workers:
+        plan(Objective(model, F.cross_entropy), BATCH, num_microbatches=2, transport="threads", workers=workers)
     assert torch.equal(torch.get_rng_state(), expected)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+GUESSED = "profile is 'guessed'; expected measured, anew, alone, flops, or the path of a .json file"
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_planning_changes_neither_the_model_nor_the_random_numbers():
         ({"num_ranks": 0}, ConfigError, "num_ranks is 0 and num_microbatches 8; expected at least 1 of both"),
         ({"num_microbatches": 0}, ConfigError, "num_ranks is 2 and num_microbatches 0; expected at least 1 of both"),
         ({"num_threads": 0}, ConfigError, "num_threads is 0; expected at least 1"),
-        ({"profile": "guessed"}, ConfigError, 'profile is \'guessed\'; expected "measured" or "flops"'),
+        ({"profile": "guessed"}, ConfigError, GUESSED),
         ({"tied": "slow"}, PlanError, 'tied is \'slow\'; expected "fast" or "exact"'),
         (
             {"num_ranks": 8},

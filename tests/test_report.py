@@ -32,8 +32,9 @@ from modelpar.report.text import (
 from modelpar.report.units import count, megabytes, ms, percent
 
 
-def tied_plan(schedule: Schedule, source: str = "flops") -> Plan:
-    """Returns a plan of embed, a, b, head, two layers a stage; the head's weight is the embedding's."""
+def tied_plan(schedule: Schedule, source: str = "flops", **measured: int) -> Plan:
+    """Returns a plan of embed, a, b, head, two layers a stage; the head's weight is the embedding's. Each layer costs
+    the same bytes, and what else was measured."""
 
     def layer(name: str, *parameters: Parameter) -> Layer:
         return Layer(name, "Linear", parameters)
@@ -47,7 +48,8 @@ def tied_plan(schedule: Schedule, source: str = "flops") -> Plan:
     )
     values = (Value("x", BATCH, (0,)), *(Value(f"v{i}", i, (i + 1,), 16.0) for i in range(3)), Value("y", BATCH, (3,)))
     graph = ModelGraph(layers, values, (1, 2, 3), (Tied(("embed.weight", "head.weight"), (0, 3), 160),))
-    costs = tuple(LayerCost(each.name, i + 1.0, 1.0, 1.0, 100.0, 0, 1000, 64) for i, each in enumerate(layers))
+    sizes = {"flops": 100.0, "saved_bytes": 900, "output_bytes": 64, "kept_bytes": 1000, **measured}
+    costs = tuple(LayerCost(each.name, i + 1.0, 1.0, 1.0, **sizes) for i, each in enumerate(layers))
     partition = Partition((0, 2, 4), "optimal")
     return Plan(graph, Profile(costs, 1, source), Cluster(("cpu", "cpu")), partition, schedule)
 
@@ -158,10 +160,13 @@ def test_the_partition_table_counts_a_tied_tensor_once_and_marks_it() -> None:
 def test_stage_memory_is_weights_gradients_moments_buffers_and_activations_in_flight() -> None:
     one_f_one_b = tied_plan(schedules.one_f_one_b(2, 4))
     # stage 0: (40 + 16) trainable × 4 B × 4 copies, a buffer of 4 × 4 B, 2 micro-batches × 2 layers × 1000 B
-    # stage 1: (16 + 40) × 4 × 4, a frozen tensor of 2 × 2 B, 1 micro-batch in flight
-    assert stage_memory_bytes(one_f_one_b) == (56 * 16 + 16 + 4000, 56 * 16 + 4 + 2000)
+    # stage 1: (16 + 40) × 4 × 4, a frozen tensor of 2 × 2 B, 1 micro-batch in flight, for which it received 16 B
+    assert stage_memory_bytes(one_f_one_b) == (56 * 16 + 16 + 4000, 56 * 16 + 4 + 2000 + 16)
     gpipe = stage_memory_bytes(tied_plan(schedules.gpipe(2, 4)))
-    assert gpipe == (56 * 16 + 16 + 8000, 56 * 16 + 4 + 8000)
+    assert gpipe == (56 * 16 + 16 + 8 * 1000, 56 * 16 + 4 + 8 * 1000 + 4 * 16)
+    measured = tied_plan(schedules.one_f_one_b(2, 4), optimizer_bytes=3, temporary_bytes=50)
+    slack = replace(measured, profile=replace(measured.profile, slack_bytes=100))
+    assert stage_memory_bytes(slack) == (56 * 8 + 6 + 16 + 4000 + 150, 56 * 8 + 6 + 4 + 2016 + 150)
     forward = stage_memory_bytes(tied_plan(schedules.fill_drain(2, 4)))
     assert forward == (56 * 4 + 16 + 64, 56 * 4 + 4 + 64)
 

@@ -2,6 +2,7 @@
 
 import csv
 import json
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -126,6 +127,93 @@ def test_sending_does_not_block() -> None:
     timeline = run(["0F0 0F1 0B0 0B1", "1F0 1F1 1B0 1B1"], StageCost(1, 1, 0), latency=3)
     assert picture(timeline).splitlines()[0].startswith("0F0 0F1")
     assert picture(timeline).splitlines()[1] == "                1F0 1F1 1B0 1B1"
+
+
+def test_sending_and_taking_keep_ranks_busy() -> None:
+    """F = 1, B = 2; sending a value takes its rank 1 s, the way 1 s, taking it 1 s; each action 1 s more."""
+    link = Link(latency=1, send_seconds=1, take_seconds=1, action_seconds=1)
+    timeline = simulate(gpipe(2, 1), [StageCost(1, 1, 1)] * 2, StageGraph.chain(2), Cluster(("cpu",) * 2, link=link))
+    assert timeline.spans == (
+        Span(0, "F", 0, 2, 0, 0),
+        Span(0, "send", 2, 3, 0, 0),
+        Span(0, "wait", 3, 12, 0, 0, "grad v0 of micro-batch 0 from stage 1"),
+        Span(0, "B", 13, 16, 0, 0),
+        Span(1, "wait", 0, 4, 1, 0, "value v0 of micro-batch 0 from stage 0"),
+        Span(1, "F", 5, 7, 1, 0),
+        Span(1, "B", 7, 10, 1, 0),
+        Span(1, "send", 10, 11, 1, 0),
+    )
+
+
+def test_each_part_of_a_message_has_a_rate_of_its_own() -> None:
+    link = Link(1, 10.0, send_seconds=2, send_bandwidth=20.0, take_seconds=3, take_bandwidth=40.0)
+    assert (link.send(40), link.seconds(40), link.take(40)) == (4, 5, 4)
+    assert link.hand_off(40) == 13
+    assert Link().hand_off(1e12) == 0.0
+
+
+def test_the_first_micro_batch_has_to_come() -> None:
+    where = Cluster(("cpu",) * 2, link=Link(data_seconds=2))
+    inputs = Value("inputs", BATCH, (0,), needs_grad=False)
+    graph = StageGraph(2, (inputs, Value("v0", 0, (1,))))
+    timeline = simulate(gpipe(2, 2), [StageCost(1, 1, 0)] * 2, graph, where)
+    assert timeline.of_rank(0)[0] == Span(0, "data", 0, 2, 0, 0, "value inputs of micro-batch 0 from the controller")
+    assert timeline.of_rank(1)[0].end == 3
+    assert timeline.makespan == 2 + simulate(gpipe(2, 2), [StageCost(1, 1, 0)] * 2, graph, cluster(2)).makespan
+
+
+def ended(graph: StageGraph, link: Link) -> Timeline:
+    """Simulates one micro-batch on stages that reduce for 1 s and update for 10 s."""
+    costs = [StageCost(1, 1, 0, reduce_seconds=1, update_seconds=10)] * graph.num_stages
+    return simulate(gpipe(graph.num_stages, 1), costs, graph, Cluster(("cpu",) * graph.num_stages, link=link))
+
+
+def test_the_end_of_a_step_is_simulated_where_it_costs_something() -> None:
+    """
+    ::
+
+        rank 0   F . . B r . optimizer      its own norms, then those of rank 1
+        rank 1   . F B r optimizer          the count is its own
+    """
+    timeline = ended(StageGraph.chain(2), Link())
+    assert [(s.kind, s.start, s.end) for s in timeline.of_rank(0) if s.kind not in "FB"] == [
+        ("wait", 1, 3),
+        ("reduce", 4, 5),
+        ("optimizer", 5, 15),
+    ]
+    assert [(s.kind, s.start, s.end) for s in timeline.of_rank(1)][-2:] == [("reduce", 3, 4), ("optimizer", 4, 14)]
+    forward = simulate(fill_drain(2, 1), [StageCost(1, 1, 0, 1, 10)] * 2, StageGraph.chain(2), cluster(2))
+    assert {span.kind for span in forward.spans} == {"F", "wait"}
+
+
+def test_clipping_waits_for_the_norm_of_all() -> None:
+    """Rank 1 gives its norms at 4 + 1, they arrive at 6; the total leaves at 6 + 1 and arrives at 8."""
+    link = Link(latency=1, send_seconds=1)
+    free, clipped = (ended(replace(StageGraph.chain(2), clips=clips), link) for clips in (False, True))
+    assert free.of_rank(1)[-1].kind == clipped.of_rank(1)[-1].kind == "optimizer"
+    waits = [span for span in clipped.of_rank(1) if span.cause == "total_norm gradients from stage 0"]
+    assert len(waits) == 1
+    assert clipped.of_rank(1)[-1].start == waits[0].end > free.of_rank(1)[-1].start
+    assert clipped.of_rank(0)[-1].start == free.of_rank(0)[-1].start + link.send_seconds
+
+
+def test_gradients_of_tied_tensors_travel_at_the_end_and_weights_come_back() -> None:
+    """6 bytes at 1 byte/s each way; the owner updates in between."""
+    tied = StageGraph(2, StageGraph.chain(2).values, TIED.tied)
+    timeline = ended(tied, Link(bandwidth=1))
+    causes = [span.cause for span in timeline.spans if span.kind == "wait"]
+    assert "tied_grad embed.weight from stage 1" in causes
+    last = timeline.of_rank(1)[-1]
+    assert (last.kind, last.cause) == ("wait", "weight embed.weight from stage 0")
+    assert last.end == timeline.of_rank(0)[-1].end + 6
+
+
+def test_stages_of_one_rank_end_the_step_together() -> None:
+    costs = [StageCost(1, 1, 0, reduce_seconds=1, update_seconds=10)] * 2
+    schedule = Schedule.of(["0F0 1F0 1B0 0B0"])
+    link = Link(latency=9, send_seconds=9, take_seconds=9, end_seconds=2)
+    timeline = simulate(schedule, costs, StageGraph.chain(2), Cluster(("cpu",), link=link))
+    assert [(s.kind, s.start, s.end) for s in timeline.spans[-2:]] == [("reduce", 4, 8), ("optimizer", 8, 28)]
 
 
 def test_faster_devices_take_less_time() -> None:

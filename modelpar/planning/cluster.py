@@ -1,4 +1,4 @@
-"""Where a plan runs: devices, and the links between ranks."""
+"""Where a plan runs: devices, and what it costs to hand a value from one rank to another."""
 
 from __future__ import annotations
 
@@ -8,16 +8,58 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Link:
-    """A connection between two ranks: a message of n bytes takes latency + n / bandwidth seconds."""
+    """What a message of n bytes between two ranks costs, and what else a rank spends besides computing layers.
+
+    ::
+
+        sender    F ─send─┐                          send      send_seconds + n / send_bandwidth
+        wire              └─ ─ ─ ─ ─ ─┐              wire      latency + n / bandwidth
+        receiver                 wait ┴take─ F       take      take_seconds + n / take_bandwidth
+
+    All is zero unless said otherwise, so that `Link(latency, bandwidth)` is a wire between ranks that do nothing else.
+    """
 
     latency: float = 0.0
-    """Seconds per message."""
+    """Seconds per message, from the end of its sending."""
     bandwidth: float = float("inf")
     """Bytes per second."""
+    send_seconds: float = 0.0
+    """Seconds per message that the sending rank is busy."""
+    send_bandwidth: float = float("inf")
+    take_seconds: float = 0.0
+    """Seconds per message that the receiving rank is busy, once it has arrived."""
+    take_bandwidth: float = float("inf")
+    action_seconds: float = 0.0
+    """Seconds that an action takes besides its layers' own work."""
+    data_seconds: float = 0.0
+    """Seconds from the start of a step until the first micro-batch has come from the controller."""
+    end_seconds: float = 0.0
+    """Seconds that a rank spends at the end of a step besides messages and its parameters' own update."""
 
     def seconds(self, num_bytes: float) -> float:
-        """Returns the time one message takes."""
+        """Returns how long one message is on its way."""
         return self.latency + num_bytes / self.bandwidth
+
+    def send(self, num_bytes: float) -> float:
+        """Returns how long a message keeps its sender busy."""
+        return self.send_seconds + num_bytes / self.send_bandwidth
+
+    def take(self, num_bytes: float) -> float:
+        """Returns how long a message keeps its receiver busy."""
+        return self.take_seconds + num_bytes / self.take_bandwidth
+
+    def hand_off(self, num_bytes: float) -> float:
+        """Returns the time from the end of what made a value to the start of what needs it: send, wire and take."""
+        return self.send(num_bytes) + self.seconds(num_bytes) + self.take(num_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """Returns plain data for json; an infinite bandwidth is written as null."""
+        return {name: None if value == float("inf") else value for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Link:
+        """Reads what `to_json` wrote."""
+        return cls(**{name: float("inf") if value is None else value for name, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -40,15 +82,10 @@ class Cluster:
         return self.speeds[rank] if self.speeds else 1.0
 
     def to_json(self) -> dict[str, Any]:
-        """Returns plain data for json; an infinite bandwidth is written as null."""
-        data = asdict(self)
-        if data["link"]["bandwidth"] == float("inf"):
-            data["link"]["bandwidth"] = None
-        return data
+        """Returns plain data for json."""
+        return {"devices": list(self.devices), "speeds": list(self.speeds), "link": self.link.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cluster:
         """Reads what `to_json` wrote."""
-        bandwidth = data["link"]["bandwidth"]
-        link = Link(data["link"]["latency"], float("inf") if bandwidth is None else bandwidth)
-        return cls(tuple(data["devices"]), tuple(data["speeds"]), link)
+        return cls(tuple(data["devices"]), tuple(data["speeds"]), Link.from_json(data["link"]))

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import numpy as np
 
-from modelpar.planning.graph import Parameter
+from modelpar.planning.graph import BATCH, Parameter
 from modelpar.planning.plan import Plan
+from modelpar.planning.profile import LayerCost
 from modelpar.planning.schedule import Op, Schedule
 
 OPTIMIZER_MOMENTS = 2
-"""Tensors that the optimizer keeps per trainable parameter: 2 for Adam and AdamW; SGD needs fewer."""
+"""Tensors that an optimizer that was not measured is taken to keep per trainable parameter, as Adam and AdamW do."""
 
 
 def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
@@ -19,31 +21,55 @@ def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
 
     ::
 
-        train     trainable × (1 weight + 1 gradient + 2 moments) + frozen + buffers + saved × in-flight micro-batches
-        forward   trainable + frozen + buffers + the largest output of one layer
+        train     weights + gradients + optimizer + activations + slack
+        forward   weights + the largest output of one layer
 
-    `saved` is what the stage's layers keep of one micro-batch of `profile.microbatch_size` samples for backward. A tied
-    tensor counts once on every stage that holds a copy of it. Temporaries inside a layer, message buffers and the
-    framework itself are not counted, so that a measured peak is somewhat larger.
+        weights       parameters and buffers; a tied tensor counts once on every stage that holds a copy of it
+        gradients     as large as the trainable parameters
+        optimizer     as measured; unmeasured, 2 moments per trainable parameter
+        activations   in-flight micro-batches × (value received + Σ kept_bytes of its layers)
+                      + the largest temporary_bytes of one layer
+        slack         `profile.slack_bytes`, found by running all layers in a process of their own
+
+    Activations are of micro-batches of `profile.microbatch_size` samples. The slack is much the same for all stages of
+    a model: it is mostly freed memory, in pieces that the next tensors do not fit into. Messages that wait in a mailbox
+    are not counted, nor is the framework itself.
     """
     in_flight = peak_microbatches_per_stage(plan.schedule)
     canonical = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
     train = plan.schedule.kind == "train"
+    received = _received_bytes(plan)
     total = []
     for stage in range(plan.num_stages):
         layers = plan.partition.layers(stage)
         tensors = {canonical.get(p.name, p.name): p for i in layers for p in plan.graph.layers[i].parameters}
-        weights = 0
-        for tensor in tensors.values():
-            learned = train and tensor.trainable and not tensor.buffer
-            weights += tensor_bytes(tensor) * ((2 + OPTIMIZER_MOMENTS) if learned else 1)
+        learned = sum(tensor_bytes(t) for t in tensors.values() if t.trainable and not t.buffer)
+        held = sum(map(tensor_bytes, tensors.values()))
         costs = [plan.profile.layers[i] for i in layers]
         if train:
-            activations = in_flight[stage] * sum(cost.saved_bytes for cost in costs)
+            measured = [cost.optimizer_bytes for cost in costs if cost.optimizer_bytes is not None]
+            held += learned + (sum(measured) if measured else OPTIMIZER_MOMENTS * learned)
+            held += activation_bytes(costs, in_flight[stage], received[stage]) + plan.profile.slack_bytes
         else:
-            activations = max(cost.output_bytes for cost in costs)
-        total.append(weights + activations)
+            held += max(cost.output_bytes for cost in costs)
+        total.append(held)
     return tuple(total)
+
+
+def activation_bytes(costs: Sequence[LayerCost], in_flight: int, received: int = 0) -> int:
+    """Returns the bytes of activations that layers hold together at their peak, of so many micro-batches at once."""
+    kept = received + sum(cost.kept_bytes for cost in costs)
+    return in_flight * kept + max(cost.temporary_bytes for cost in costs)
+
+
+def _received_bytes(plan: Plan) -> list[int]:
+    """Returns per stage the bytes of what other stages hand to it for one micro-batch."""
+    received = [0.0] * plan.num_stages
+    for value in plan.stage_graph.values:
+        for stage in value.consumers:
+            if value.producer != BATCH and stage != BATCH:
+                received[stage] += value.bytes_per_sample * plan.profile.microbatch_size
+    return [int(size) for size in received]
 
 
 def peak_microbatches_per_stage(schedule: Schedule) -> tuple[int, ...]:

@@ -190,6 +190,6 @@ def _crossing_seconds(graph: ModelGraph, profile: Profile, cluster: Cluster) -> 
     link = cluster.link
     if not (math.isfinite(link.latency) and link.latency >= 0 and link.bandwidth > 0):
         raise PartitionError(f"{link}; expected a finite latency from 0 up, and a bandwidth above 0")
-    seconds = 2 * (link.latency + num_bytes * profile.microbatch_size / link.bandwidth)
+    seconds = np.array([2 * link.hand_off(size) for size in (num_bytes * profile.microbatch_size).tolist()])
     seconds[[0, -1]] = 0.0
     return seconds

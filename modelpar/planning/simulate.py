@@ -8,8 +8,9 @@ With F = 1 s, B = 2 s and 1 s per message (`...` waits)::
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from modelpar.errors import DeadlockError, PlanError
 from modelpar.planning.analysis import analyse
@@ -19,16 +20,18 @@ from modelpar.planning.partition import Partition
 from modelpar.planning.plan import Plan, Prediction
 from modelpar.planning.profile import Profile
 from modelpar.planning.schedule import Action, Op, Schedule, ValueKey, gives, needs
-from modelpar.planning.timeline import Span, Timeline
+from modelpar.planning.timeline import COMPUTE, Span, Timeline
 
 
 @dataclass(frozen=True)
 class StageCost:
-    """Seconds of one stage for one micro-batch, on a device of speed 1."""
+    """Seconds of one stage for one micro-batch, and for the end of a step, on a device of speed 1."""
 
     forward_seconds: float
     input_grad_seconds: float
     weight_grad_seconds: float
+    reduce_seconds: float = 0.0
+    update_seconds: float = 0.0
 
     def seconds(self, op: Op) -> float:
         """Returns the seconds of an op; a full backward is input gradient plus weight gradient."""
@@ -55,6 +58,8 @@ def stage_costs(profile: Profile, partition: Partition) -> tuple[StageCost, ...]
                 sum(layer.forward_seconds for layer in layers),
                 sum(layer.input_grad_seconds for layer in layers),
                 sum(layer.weight_grad_seconds for layer in layers),
+                sum(layer.reduce_seconds for layer in layers),
+                sum(layer.update_seconds for layer in layers),
             )
         )
     return tuple(costs)
@@ -67,11 +72,13 @@ def simulate(
     cluster: Cluster,
     microbatch_size: float = 1,
 ) -> Timeline:
-    """Returns the timeline of one step: compute spans, and the waits between them, each named by what came last.
+    """Returns the timeline of one step: compute, sends, waits named by what came last, and the end of the step.
 
-    Every rank runs its list in order, one action at a time. An action starts once its rank is free and all that it
-    needs has arrived. What it gives leaves at its end and arrives after latency + bytes / bandwidth, at once on the
-    same rank; sending does not block. Messages do not share bandwidth. The optimizer's update is not simulated.
+    Every rank runs its list in order, one action at a time. An action starts once its rank is free, all that it needs
+    has arrived, and the rank has taken it; then the rank sends what the action gives. What that costs each side, and
+    how long it is on its way, is said by `cluster.link`; on the same rank it is there at once. The wire is not part of
+    what a rank does, and messages do not share bandwidth. The end of the step (the count, the norms, the optimizer) is
+    part of it where `costs` say what it takes.
 
     `costs` holds one entry per stage, in seconds at speed 1; `microbatch_size` is in samples.
 
@@ -79,8 +86,8 @@ def simulate(
     schedule can still wait for ever for the gradient of a tied tensor that is added per micro-batch.
     """
     _check(schedule, costs, graph, cluster)
-    flows = _flows(schedule, costs, graph, cluster, microbatch_size)
-    queues = [list(schedule.actions(rank)) for rank in range(schedule.num_ranks)]
+    flows = _Flows(schedule, costs, graph, cluster, microbatch_size)
+    queues = [list(flows.of_rank(rank)) for rank in range(schedule.num_ranks)]
     position, clock = [0] * schedule.num_ranks, [0.0] * schedule.num_ranks
     spans: list[list[Span]] = [[] for _ in queues]
     arrived: dict[tuple[ValueKey, int], float] = {}
@@ -90,24 +97,34 @@ def simulate(
         rank = ready.pop()
         queue, now = queues[rank], clock[rank]
         while position[rank] < len(queue):
-            stage, op, microbatch = queue[position[rank]]
-            seconds, inputs, outputs = flows[stage, op]
-            lacking = next((key for key in inputs if (key, microbatch) not in arrived), None)
+            flow, stage, microbatch = queue[position[rank]]
+            lacking = next((key for key, _ in flow.inputs if (key, microbatch) not in arrived), None)
             if lacking:
                 waiting[lacking, microbatch] = rank
                 break
-            arrivals = [(arrived.pop((key, microbatch)), key) for key in inputs]
+            if flow.from_batch and not spans[rank]:
+                now = cluster.link.data_seconds
+                if now:
+                    spans[rank].append(Span(rank, "data", 0.0, now, stage, microbatch, str(flow.from_batch[0])))
+            arrivals = [(arrived.pop((key, microbatch)), key) for key, _ in flow.inputs]
             latest, last = max(arrivals, default=(now, None))
             if last and latest > now:
                 cause = str(last._replace(microbatch=microbatch))
                 spans[rank].append(Span(rank, "wait", now, latest, stage, microbatch, cause))
                 now = latest
-            spans[rank].append(Span(rank, op.value, now, now + seconds, stage, microbatch))
-            now += seconds
-            for key, delay in outputs:
-                arrived[key, microbatch] = now + delay
+            now += sum(taking for _, taking in flow.inputs)
+            if flow.seconds or flow.kind in COMPUTE:
+                spans[rank].append(Span(rank, flow.kind, now, now + flow.seconds, stage, microbatch))
+            now += flow.seconds
+            begun = now
+            for key, sending, travelling in flow.outputs:
+                now += sending
+                arrived[key, microbatch] = now + travelling
                 if (key, microbatch) in waiting:
                     ready.append(waiting.pop((key, microbatch)))
+            if now > begun:
+                kind = "send" if flow.kind in COMPUTE else flow.kind
+                spans[rank].append(Span(rank, kind, begun, now, stage, microbatch))
             position[rank] += 1
         clock[rank] = now
     _check_finished(queues, position, waiting)
@@ -117,7 +134,8 @@ def simulate(
 def predict(plan: Plan) -> Timeline:
     """Returns the timeline that a plan should have with full micro-batches of its profile's size."""
     costs = stage_costs(plan.profile, plan.partition)
-    return simulate(plan.schedule, costs, plan.stage_graph, plan.cluster, plan.profile.microbatch_size)
+    graph = replace(plan.stage_graph, clips=plan.profile.clips)
+    return simulate(plan.schedule, costs, graph, plan.cluster, plan.profile.microbatch_size)
 
 
 def prediction(timeline: Timeline) -> Prediction:
@@ -126,33 +144,111 @@ def prediction(timeline: Timeline) -> Prediction:
     return Prediction(analysis.makespan, analysis.bubble, tuple(rank.utilization for rank in analysis.ranks))
 
 
-_Flow = tuple[float, list[ValueKey], list[tuple[ValueKey, float]]]
+class _Flow(NamedTuple):
+    """One thing that a rank does: what it takes, how long it works, what it sends."""
+
+    kind: str
+    """Of its span."""
+    seconds: float
+    inputs: list[tuple[ValueKey, float]]
+    """Values from other stages, and how long taking each keeps the rank busy."""
+    outputs: list[tuple[ValueKey, float, float]]
+    """Values for other stages, how long sending each keeps the rank busy, and how long it is on its way."""
+    from_batch: list[ValueKey]
 
 
-def _flows(
-    schedule: Schedule, costs: Sequence[StageCost], graph: StageGraph, cluster: Cluster, microbatch_size: float
-) -> dict[tuple[int, Op], _Flow]:
-    """Returns per stage and op its seconds, the keys it needs, and the keys it gives with their travel times.
+_Item = tuple[_Flow, int, int]
+"""A flow with its stage and micro-batch, −1 at the end of the step."""
+
+
+class _Flows:
+    """What each rank does in turn.
 
     The keys are those of micro-batch 0: micro-batches of one stage and op differ in nothing else, so that `needs` and
     `gives` are asked once for all of them.
     """
-    num_bytes = {("tied_grad", tie.names[0]): float(tie.bytes) for tie in graph.tied}
-    for value in graph.values:
-        num_bytes["value", value.name] = num_bytes["grad", value.name] = value.bytes_per_sample * microbatch_size
-    home = schedule.stage_to_rank
-    flows: dict[tuple[int, Op], _Flow] = {}
-    for stage in range(schedule.num_stages):
-        for op in (Op.FORWARD, Op.BACKWARD, Op.INPUT_GRAD, Op.WEIGHT_GRAD):
-            action = Action(stage, op, 0)
-            outputs = [
-                (key, 0.0 if home[key.target] == home[stage] else cluster.link.seconds(num_bytes[key.kind, key.name]))
-                for key in gives(graph, action)
-                if key.target != BATCH
-            ]
-            inputs = [key for key in needs(graph, action) if key.source != BATCH]
-            flows[stage, op] = (costs[stage].seconds(op) / cluster.speed(home[stage]), inputs, outputs)
-    return flows
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Sequence[StageCost],
+        graph: StageGraph,
+        cluster: Cluster,
+        microbatch_size: float,
+    ):
+        self._schedule, self._costs, self._graph, self._cluster = schedule, costs, graph, cluster
+        self._home = schedule.stage_to_rank
+        self._bytes = {("tied_grad", tie.names[0]): float(tie.bytes) for tie in graph.tied}
+        self._bytes |= {("weight", tie.names[0]): float(tie.bytes) for tie in graph.tied}
+        for value in graph.values:
+            size = value.bytes_per_sample * microbatch_size
+            self._bytes["value", value.name] = self._bytes["grad", value.name] = size
+
+    def of_rank(self, rank: int) -> Iterator[_Item]:
+        """Yields a rank's actions, then what it does at the end of the step."""
+        flows: dict[tuple[int, Op], _Flow] = {}
+        overhead = self._cluster.link.action_seconds
+        for stage, op, microbatch in self._schedule.actions(rank):
+            if (stage, op) not in flows:
+                seconds = self._costs[stage].seconds(op) / self._cluster.speed(rank) + overhead
+                action = Action(stage, op, 0)
+                flows[stage, op] = self._flow(op.value, seconds, needs(self._graph, action), gives(self._graph, action))
+            yield flows[stage, op], stage, microbatch
+        if self._schedule.kind == "train" and any(cost.reduce_seconds or cost.update_seconds for cost in self._costs):
+            yield from self._end(rank)
+
+    def _end(self, rank: int) -> Iterator[_Item]:
+        """Yields the end of the step as a rank does it: count, tied gradients, norms, clipping, optimizer, weights."""
+        stages = [stage for stage, home in enumerate(self._home) if home == rank]
+        speed, link = self._cluster.speed(rank), self._cluster.link
+        reducing = sum(self._costs[stage].reduce_seconds for stage in stages) / speed + link.end_seconds
+        updating = sum(self._costs[stage].update_seconds for stage in stages) / speed
+        for stage in stages:
+            yield self._gives(stage, "count")
+        for stage in stages:
+            yield self._needs(stage, "count")
+        for stage in reversed(stages):
+            yield self._needs(stage, "tied_grad")
+            yield self._gives(stage, "tied_grad")
+        yield _Flow("reduce", reducing, [], [], []), -1, -1
+        for stage in stages:
+            yield self._gives(stage, "norms")
+        if 0 in stages:
+            yield self._needs(0, "norms")
+            yield self._gives(0, "total_norm")
+        for stage in stages:
+            yield self._needs(stage, "total_norm")
+        yield _Flow("optimizer", updating, [], [], []), -1, -1
+        for stage in stages:
+            yield self._gives(stage, "weight")
+        for stage in stages:
+            yield self._needs(stage, "weight")
+
+    def _needs(self, stage: int, kind: str) -> _Item:
+        keys = [key for key in needs(self._graph, Action(stage, Op.UPDATE)) if key.kind == kind]
+        return self._flow("reduce", 0.0, keys, []), stage, -1
+
+    def _gives(self, stage: int, kind: str) -> _Item:
+        keys = [key for key in gives(self._graph, Action(stage, Op.UPDATE)) if key.kind == kind]
+        return self._flow("reduce", 0.0, [], keys), stage, -1
+
+    def _flow(self, kind: str, seconds: float, needed: list[ValueKey], given: list[ValueKey]) -> _Flow:
+        link = self._cluster.link
+        inputs, outputs = [], []
+        for key in needed:
+            if key.source != BATCH:
+                inputs.append((key, link.take(self._size(key)) if self._travels(key) else 0.0))
+        for key in given:
+            if key.target != BATCH:
+                cost = (link.send(self._size(key)), link.seconds(self._size(key))) if self._travels(key) else (0.0, 0.0)
+                outputs.append((key, *cost))
+        return _Flow(kind, seconds, inputs, outputs, [key for key in needed if key.source == BATCH])
+
+    def _travels(self, key: ValueKey) -> bool:
+        return self._home[key.source] != self._home[key.target]
+
+    def _size(self, key: ValueKey) -> float:
+        return self._bytes.get((key.kind, key.name), 0.0)  # counts and norms are next to nothing
 
 
 def _check(schedule: Schedule, costs: Sequence[StageCost], graph: StageGraph, cluster: Cluster) -> None:
@@ -167,11 +263,12 @@ def _check(schedule: Schedule, costs: Sequence[StageCost], graph: StageGraph, cl
 
 
 def _check_finished(
-    queues: Sequence[Sequence[Action]], position: Sequence[int], waiting: dict[tuple[ValueKey, int], int]
+    queues: Sequence[Sequence[_Item]], position: Sequence[int], waiting: dict[tuple[ValueKey, int], int]
 ) -> None:
     """Raises DeadlockError for the first rank that still waits, if there is one."""
     if waiting:
         (key, microbatch), rank = min(waiting.items(), key=lambda item: item[1])
-        action = queues[rank][position[rank]]
+        flow, stage, number = queues[rank][position[rank]]
+        action = Action(stage, Op(flow.kind) if flow.kind in COMPUTE else Op.UPDATE, number)
         value = key._replace(microbatch=microbatch)
         raise DeadlockError(f"rank {rank} can never run {action}: it waits for {value}, which never comes")

@@ -24,6 +24,7 @@ from rich.text import Text
 
 from modelpar.planning.memory import peak_microbatches_per_stage, stage_memory_bytes
 from modelpar.planning.plan import Plan
+from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.timeline import Span, Timeline
 from modelpar.report.palette import LOOKS, look, look_key, nice_ticks
 from modelpar.report.units import count, error, megabytes, ms, percent
@@ -105,6 +106,11 @@ def prediction_notes(plan: Plan) -> list[str]:
     notes = []
     if plan.profile.source == "flops":
         notes.append("Times are counted FLOPs at a nominal speed: only their ratios mean something.")
+    elif plan.profile.num_ranks < plan.num_ranks:
+        notes.append(
+            f"Layers were timed with {plan.profile.num_ranks} of {plan.num_ranks} ranks busy, and messages not at all: "
+            "steps take longer. `modelpar profile` with these options measures both, once."
+        )
     threads = plan.num_ranks * plan.num_threads
     cores = os.cpu_count() or threads
     if threads > cores and all(device == "cpu" for device in plan.cluster.devices):
@@ -112,6 +118,49 @@ def prediction_notes(plan: Plan) -> list[str]:
             f"{plan.num_ranks} ranks × {plan.num_threads} threads share {cores} cores; predictions give each its own."
         )
     return notes
+
+
+def profile_table(profile: Profile) -> Table:
+    """Returns what each layer costs per micro-batch, and what the optimizer's update of it costs per step."""
+    what = f"{profile.num_ranks} ranks busy" if profile.source == "measured" else "counted FLOPs at a nominal speed"
+    table = _table(f"{profile.microbatch_size} samples per micro-batch, {what}; times in ms, sizes in MB")
+    table.add_column("layer", no_wrap=True)
+    names = ("F", "I", "W", "update", "GFLOP", "params", "saved", "output")
+    for name in names:
+        table.add_column(name, justify="right", no_wrap=True)
+    for cost in profile.layers:
+        table.add_row(cost.name, *_cost_cells(cost))
+    sums = {name: sum(getattr(cost, name) for cost in profile.layers) for name in _ADDED}
+    table.add_section()
+    table.add_row("all", *_cost_cells(LayerCost("all", **sums)))
+    return table
+
+
+_ADDED = ("forward_seconds", "input_grad_seconds", "weight_grad_seconds", "flops", "parameter_bytes", "saved_bytes")
+_ADDED += ("output_bytes", "reduce_seconds", "update_seconds")
+
+
+def _cost_cells(cost: LayerCost) -> list[str]:
+    seconds = (cost.forward_seconds, cost.input_grad_seconds, cost.weight_grad_seconds)
+    times = [1e3 * value for value in (*seconds, cost.reduce_seconds + cost.update_seconds)]
+    sizes = [value / 1e6 for value in (cost.parameter_bytes, cost.saved_bytes, cost.output_bytes)]
+    return [f"{value:.3g}" for value in (*times, cost.flops / 1e9, *sizes)]
+
+
+def profile_summary(plan: Plan, path: str) -> Text:
+    """Returns what a message costs, what a step of this plan then takes, and where the profile is."""
+    lines = []
+    link = plan.profile.link
+    if link is not None:
+        small, large = (f"{size} {ms(link.hand_off(num_bytes))}" for size, num_bytes in (("1 KB", 1e3), ("8 MB", 8e6)))
+        lines.append(f"hand-off between ranks: {small}, {large}")
+    if plan.prediction is not None:
+        lines.append(
+            f"a step of {plan.num_microbatches} micro-batches in {plan.num_stages} stages: "
+            f"{ms(plan.prediction.step_seconds)} predicted"
+        )
+    lines.append(f"{path}: pipeline.profile={path} plans with it")
+    return Text("\n".join(lines))
 
 
 def draw_timeline(timeline: Timeline, width: int = 80) -> Text:

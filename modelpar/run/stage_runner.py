@@ -48,7 +48,8 @@ class StageRunner:
         program.module.to(device)
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
-        self._state = [(of, name) for m in program.module.modules() for of in (m._parameters, m._buffers) for name in of]
+        places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
+        self._state = [(of, name) for of in places for name in of]
         """Where the parameters and buffers are; which tensors they are may change."""
         self._live: dict[int, _Live] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}

@@ -7,14 +7,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
+
 from modelpar.capture.cut import StageProgram
 from modelpar.planning.plan import Plan
 from modelpar.run import cuda, wire
 from modelpar.run.exchange import Exchange
 from modelpar.run.executor import Executor
-from modelpar.run.memory import PeakMemory
+from modelpar.run.memory import PeakMemory, keep_freed_memory
 from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext, StageRunner
+from modelpar.run.sweep import SweepResult, SweepWork, sweep
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
 
@@ -50,6 +53,8 @@ class Worker:
         """A lock for the random generators where several ranks share this process and so them; else None."""
         self._executors: dict[int, Executor] = {}
         self._active: Executor | None = None
+        if lock is None:
+            keep_freed_memory()
 
     def serve(self) -> bool:
         """Does commands until told to stop, then returns True; reports a failure, then returns False."""
@@ -57,6 +62,7 @@ class Worker:
             "load": self._load,
             "unload": self._unload,
             RUN: self._run,
+            "sweep": self._sweep,
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
             "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
         }
@@ -91,7 +97,7 @@ class Worker:
         device = devices[self.rank]
         cuda.use(device)
         alone = self._random_lock is None or (device.type == "cuda" and devices.count(device) == 1)
-        memory = PeakMemory(device, alone)
+        memory = _memory(device, alone, programs)
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
@@ -107,6 +113,14 @@ class Worker:
     def _run(self, pipeline: int, run: int, context: RunContext, data_wait: float) -> dict[str, Any]:
         self._active = self._executors[pipeline]
         return self._active.run(run, context, data_wait)
+
+    def _sweep(self, setup: wire.Parcel, programs: list[wire.Parcel], device: str) -> SweepResult:
+        place = cuda.resolve(device)
+        cuda.use(place)
+        work: SweepWork = wire.receive(setup)
+        received = [wire.receive(parcel) for parcel in programs]
+        alone = self._random_lock is None
+        return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs))
 
     def _describe(self, error: BaseException) -> Failure:
         try:
@@ -124,3 +138,8 @@ class Worker:
         text = "".join(traceback.format_exception(error))
         secondary = isinstance(error, Unreachable)
         return Failure(self.rank, f"{type(error).__name__}: {error}", ", ".join(where), text, secondary)
+
+
+def _memory(device: torch.device, alone: bool, parcels: list[wire.Parcel]) -> PeakMemory:
+    received = sum(tensor.untyped_storage().nbytes() for parcel in parcels for tensor in parcel.tensors)
+    return PeakMemory(device, alone, received)

@@ -142,6 +142,7 @@ def plans(
             num_threads=1,
             devices=["cpu"] * num_ranks,
             profile=profile,
+            optimizer=built.optimizer,
         )
         profile = found[name].profile
     return found

@@ -1,0 +1,286 @@
+"""Times layers as a rank runs them: each is a stage of its own, micro-batch after micro-batch, step after step.
+
+::
+
+    forward  a b c   a b c         a b c                     of micro-batches 0, 1, 2
+    backward               c b a         c b a   c b a       of micro-batches 0, 1, 2
+    update                                             a b c
+
+All ranks do this at once, each with all layers, so that they take cores, caches and memory from each other as in a
+real step. Between two uses of a layer come all the others, and another micro-batch is alive: caches are as cold, and
+memory as used, as they will be.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import fmean, median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modelpar.capture.cut import StageProgram
+from modelpar.capture.objective import loss_of
+from modelpar.run import wire
+from modelpar.run.memory import PeakMemory
+from modelpar.run.stage_runner import RunContext, StageRunner
+from modelpar.run.update import OptimizerFactory
+
+IN_FLIGHT = 2
+"""How many micro-batches are alive at once."""
+_LEAST_ROUNDS, _MOST_ROUNDS = 4, 40
+_WARMUP_ROUNDS = 1
+_SPLITS = 3
+"""How often a backward is split into the gradients of inputs and those of weights."""
+
+
+@dataclass(frozen=True)
+class SweepWork:
+    """How to time programs, of which the last does nothing: it tells what a stage costs besides its layers."""
+
+    sources: tuple[int, ...]
+    """Per program, the position of an earlier one whose output it takes; −1 is the batch."""
+    microbatch: dict[str, Any]
+    """The batch's values by name: inputs and targets."""
+    num_samples: int
+    num_microbatches: int
+    """Per step."""
+    num_threads: int
+    optimizer: OptimizerFactory | None = None
+    max_norm: float | None = None
+    seconds: float = 1.5
+    """About how long to go on."""
+
+
+class UnitTimes(NamedTuple):
+    """What one program takes, in seconds: per micro-batch, then per step."""
+
+    forward: float
+    input_grad: float
+    weight_grad: float
+    reduce: float
+    update: float
+    optimizer_bytes: int
+
+
+class SweepResult(NamedTuple):
+    """What a rank found."""
+
+    times: tuple[UnitTimes, ...]
+    """One per program but the last."""
+    peak_bytes: int | None
+    """The most memory that it took, where that can be measured; IN_FLIGHT micro-batches were alive at once."""
+
+
+def sweep(
+    work: SweepWork,
+    programs: Sequence[StageProgram],
+    device: torch.device,
+    lock: Any,
+    watch_memory: Callable[[], PeakMemory],
+) -> SweepResult:
+    """Times programs, in execution order. Where threads share a process, `lock` guards its random generators.
+
+    `watch_memory` is called when the programs' code has been used once: what that loads stays.
+    """
+    torch.set_num_threads(work.num_threads)
+    clock = _clock(device, work.num_threads)
+    shares = _input_shares(work, programs, device, clock)
+    memory = watch_memory()
+    runs = _Runs(work, programs, device, lock, clock)
+    rounds: list[list[_Step]] = []
+    begun = time.perf_counter()
+    while len(rounds) < _WARMUP_ROUNDS + _LEAST_ROUNDS or (
+        time.perf_counter() - begun < work.seconds and len(rounds) < _MOST_ROUNDS
+    ):
+        rounds.append(runs.step())
+    peak_bytes = memory.bytes()
+    found = [_typical([step[unit] for step in rounds[_WARMUP_ROUNDS:]]) for unit in range(len(programs))]
+    nothing = found.pop()
+    times = []
+    for unit, (forward, backward, reduce, update) in enumerate(found):
+        own, share = max(0.0, backward - nothing.backward), shares[unit]
+        times.append(
+            UnitTimes(
+                forward=max(0.0, forward - nothing.forward),
+                input_grad=own * share,
+                weight_grad=own * (1 - share),
+                reduce=reduce,
+                update=update,
+                optimizer_bytes=runs.optimizer_bytes(unit),
+            )
+        )
+    return SweepResult(tuple(times), peak_bytes)
+
+
+class _Step(NamedTuple):
+    """One unit in one step: seconds per micro-batch, then of the end of the step."""
+
+    forward: list[float]
+    backward: list[float]
+    reduce: float
+    update: float
+
+
+class _Typical(NamedTuple):
+    forward: float
+    backward: float
+    reduce: float
+    update: float
+
+
+def _typical(steps: list[_Step]) -> _Typical:
+    """Returns the mean over micro-batches of the median over steps: the first one after an update is slower."""
+    return _Typical(
+        fmean(median(times) for times in zip(*(step.forward for step in steps), strict=True)),
+        fmean(median(times) for times in zip(*(step.backward for step in steps), strict=True)),
+        median(step.reduce for step in steps),
+        median(step.update for step in steps),
+    )
+
+
+class _Runs:
+    """The programs as stages of one rank."""
+
+    def __init__(
+        self,
+        work: SweepWork,
+        programs: Sequence[StageProgram],
+        device: torch.device,
+        lock: Any,
+        clock: Callable[[], float],
+    ):
+        self._work, self._clock = work, clock
+        self._runners = [StageRunner(program, 0, device, lock) for program in programs]
+        self._batch = _on(work.microbatch, device)
+        self._context = RunContext("train", 0, (work.num_samples,) * work.num_microbatches)
+        self._owned = [list(program.owned_parameters().items()) for program in programs]
+        self._optimizers = [_optimizer(work.optimizer, named) for named in self._owned]
+        self._outputs: list[Any] = [None] * len(programs)
+        self._seeds: list[list[Tensor | None]] = [[] for _ in programs]
+        """Per unit, gradients for what it gives: those of the unit behind it, where there was one."""
+
+    def step(self) -> list[_Step]:
+        """Runs one step and returns what each unit took."""
+        forward, backward = ([[] for _ in self._runners] for _ in range(2))
+        for microbatch in range(self._work.num_microbatches + 1):
+            if microbatch < self._work.num_microbatches:
+                self._forward(microbatch, forward)
+            if microbatch > 0:
+                self._backward(microbatch - 1, backward)
+        ends = [self._end(unit) for unit in range(len(self._runners))]
+        return [_Step(*unit) for unit in zip(forward, backward, *zip(*ends, strict=True), strict=True)]
+
+    def _forward(self, microbatch: int, seconds: list[list[float]]) -> None:
+        for unit, runner in enumerate(self._runners):
+            source = self._work.sources[unit]
+            values = _values(runner.program, self._batch, self._outputs[source] if source >= 0 else None)
+            start = self._clock()
+            results = runner.forward(microbatch, values, self._context)
+            seconds[unit].append(self._clock() - start)
+            self._outputs[unit] = results.get(runner.program.result or "")
+            if not self._seeds[unit]:
+                self._seeds[unit] = [torch.ones_like(t) for t in _tensors(self._outputs[unit]) if t.requires_grad]
+
+    def _backward(self, microbatch: int, seconds: list[list[float]]) -> None:
+        for unit in reversed(range(len(self._runners))):
+            program = self._runners[unit].program
+            grads = {program.result: self._seeds[unit]} if program.result else {}
+            start = self._clock()
+            found = self._runners[unit].backward(microbatch, grads)
+            seconds[unit].append(self._clock() - start)
+            self._runners[unit].losses.clear()
+            source = self._work.sources[unit]
+            if source == unit - 1 >= 0:
+                self._seeds[source] = found[program.source]
+
+    def _end(self, unit: int) -> tuple[float, float]:
+        """Ends a step as `Update` does, without the other ranks; returns the seconds of reducing and of updating."""
+        optimizer, count = self._optimizers[unit], float(self._work.num_samples)
+        gradients = [parameter for _, parameter in self._owned[unit] if parameter.grad is not None]
+        start = self._clock()
+        norms = []
+        for parameter in gradients:
+            parameter.grad.div_(count)
+            norms.append(torch.linalg.vector_norm(parameter.grad))
+        if self._work.max_norm is not None and gradients:
+            norm = torch.linalg.vector_norm(torch.stack(norms))
+            nn.utils.clip_grads_with_norm_(gradients, self._work.max_norm, norm)
+        reduced = self._clock()
+        if optimizer:
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return reduced - start, self._clock() - reduced
+
+    def optimizer_bytes(self, unit: int) -> int:
+        """Returns the bytes of what the optimizer keeps for a unit's parameters."""
+        optimizer = self._optimizers[unit]
+        return sum(t.numel() * t.element_size() for t in _tensors([*optimizer.state.values()])) if optimizer else 0
+
+
+def _optimizer(factory: OptimizerFactory | None, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
+    try:
+        return factory(named) if factory and named else None
+    except ValueError:  # it takes none of these parameters; that it takes some was checked before
+        return None
+
+
+def _input_shares(
+    work: SweepWork, programs: Sequence[StageProgram], device: torch.device, clock: Callable[[], float]
+) -> list[float]:
+    """Returns, per program, which share of its backward the gradients of its inputs take when asked for alone."""
+    batch = _on(work.microbatch, device)
+    outputs: list[Any] = []
+    shares = []
+    for program, source in zip(programs, work.sources, strict=True):
+        program.module.to(device)
+        weights = [parameter for parameter in program.module.parameters() if parameter.requires_grad]
+        alone = []
+        for _ in range(_SPLITS):
+            values = _values(program, batch, outputs[source] if source >= 0 else None)
+            output = program(values)
+            if program.result is None:
+                output = loss_of(program.loss, output, values["targets"], work.num_samples).total
+            inputs, given = ([t for t in _tensors(tree) if t.requires_grad] for tree in (values, output))
+            seeds = [torch.ones_like(t) for t in given]
+            if not given or not inputs or not weights:
+                alone.append(1.0 if inputs else 0.0)
+                continue
+            start = clock()
+            torch.autograd.grad(given, inputs, seeds, retain_graph=True, allow_unused=True)
+            between = clock()
+            torch.autograd.grad(given, [*inputs, *weights], seeds, allow_unused=True)
+            alone.append(min(1.0, (between - start) / max(clock() - between, 1e-9)))
+        outputs.append(output)
+        shares.append(median(alone))
+    return shares
+
+
+def _values(program: StageProgram, batch: dict[str, Any], output: Any) -> dict[str, Any]:
+    """Returns what a program takes: the batch's values, and another program's output as a leaf of a new graph."""
+    value = batch["inputs"] if program.source == "inputs" else wire.detach(output)
+    return {program.source: value, **({} if program.result else {"targets": batch["targets"]})}
+
+
+def _on(tree: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
+
+
+def _clock(device: torch.device, num_threads: int) -> Callable[[], float]:
+    """Returns a clock: CPU time of this thread where one computes, so that others on the machine do not enter."""
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.thread_time if num_threads == 1 else time.perf_counter
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
