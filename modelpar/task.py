@@ -77,6 +77,8 @@ class Task:
             port=transport.port,
             heartbeat_timeout=transport.heartbeat_timeout,
             step_timeout=transport.step_timeout,
+            shared_memory=transport.shared_memory,
+            cuda_ipc=transport.cuda_ipc,
         )
 
     def pipeline(self, plan: Plan, workers: Workers | None = None) -> Pipeline:

@@ -39,19 +39,24 @@ def train(model, loss, optimizer, batches, *, num_microbatches, max_norm=None, s
 
 @contextmanager
 def keyed(model, draws, seed, step, microbatch):
-    """Seeds each call of the modules named in draws, as the pipeline does, and restores the generator."""
+    """Seeds each call of the modules named in draws, as the pipeline does, and restores the generators."""
     calls, saved = Counter(), []
+    generators = torch.default_generator, *torch.cuda.default_generators  # the latter only where CUDA is in use
 
     def before(name):
         def hook(*_):
-            saved.append(torch.get_rng_state())
-            torch.default_generator.manual_seed(random_key(seed, step, microbatch, name, calls[name]))
+            saved.append([generator.get_state() for generator in generators])
+            for generator in generators:
+                generator.manual_seed(random_key(seed, step, microbatch, name, calls[name]))
             calls[name] += 1
 
         return hook
 
+    def restore(*_):
+        for generator, state in zip(generators, saved.pop(), strict=True):
+            generator.set_state(state)
+
     handles = [model.get_submodule(name).register_forward_pre_hook(before(name)) for name in draws]
-    restore = lambda *_: torch.set_rng_state(saved.pop())  # noqa: E731
     handles += [model.get_submodule(name).register_forward_hook(restore) for name in draws]
     yield
     for handle in handles:

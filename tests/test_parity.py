@@ -329,3 +329,26 @@ def test_a_factory_is_built_from_the_seed(workers):
     assert_same(untrained, model.state_dict())
     ((value, norm, _),) = train(model, loss, adamw, [example], num_microbatches=4, seed=11, draws=draws(plan))
     assert (result.loss, result.grad_norm) == (value, norm)
+
+
+def test_values_that_travel_as_messages_give_the_same_bits(start_script):
+    """As between hosts, where there is no shared memory."""
+    process = start_script("""
+        from functools import partial
+        import torch
+        from layers import adamw
+        from modelpar import Workers, schedules
+        from modelpar.models import gpt
+        from unsplit import check_equal
+
+        torch.set_num_threads(1)
+        torch.manual_seed(1)
+        with Workers(3, transport="rpc", shared_memory=False) as workers:
+            for schedule in (schedules.gpipe, schedules.one_f_one_b):
+                model, (x, y), loss = gpt.build(vocab_size=32, context=8, width=16, depth=3, heads=2)
+                how = {"num_ranks": 3, "num_microbatches": 4, "schedule": schedule, "optimizer": adamw, "max_norm": 0.5}
+                check_equal(workers, model, loss, [(x, y), (x[:3], y[:3])], **how)
+        print("equal")
+    """)
+    output, errors = process.communicate(timeout=120)
+    assert (output, process.returncode) == ("equal\n", 0), errors

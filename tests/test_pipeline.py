@@ -435,7 +435,7 @@ def test_a_pipeline_outside_its_block_says_so():
             use()
     with Workers(2, transport="threads") as workers:
         pass
-    for enter in (lambda: workers.transport, workers.__enter__):
+    for enter in (lambda: workers.give(0, ("x",), None), workers.__enter__):
         with pytest.raises(RunError, match="expected"):
             enter()
 

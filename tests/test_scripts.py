@@ -23,7 +23,7 @@ import pytest
 from modelpar.paths import config_dir
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = ["scripts/setup", "scripts/train", "scripts/test", ".ci/run"]
+SCRIPTS = ["scripts/setup", "scripts/train", "scripts/test", "scripts/gpu_check", ".ci/run"]
 
 PYPROJECT = """
 [build-system]

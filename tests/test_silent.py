@@ -253,7 +253,7 @@ def test_a_batch_that_cannot_be_split_or_sent_leaves_no_rank_waiting(monkeypatch
         Workers(2, transport="threads") as workers,
         Pipeline(Objective(model, F.cross_entropy), decided, workers=workers, optimizer=SGD) as pipeline,
     ):
-        monkeypatch.setattr(workers, "send", fail)
+        monkeypatch.setattr(workers, "give", fail)
         with pytest.raises(TypeError, match="cannot pickle a lock"):
             pipeline.step(some())
         monkeypatch.undo()

@@ -1,34 +1,11 @@
 """Mailboxes: each value put once, taken once, by whoever waits for it."""
 
-import threading
 import time
 
 import pytest
+from threaded import in_thread
 
 from modelpar.run.transport import CONTROLLER, Mailbox, ThreadTransport
-
-
-def in_thread(function):
-    """Runs a function in a thread; returns a function that waits for its result or raises what it raised."""
-    found = []
-
-    def run():
-        try:
-            found.append((function(), None))
-        except BaseException as error:
-            found.append((None, error))
-
-    thread = threading.Thread(target=run)
-    thread.start()
-
-    def result():
-        thread.join(10)
-        ((value, error),) = found
-        if error is not None:
-            raise error
-        return value
-
-    return result
 
 
 def test_a_value_is_taken_once_before_or_after_it_is_awaited():
@@ -47,8 +24,9 @@ def test_a_value_is_taken_once_before_or_after_it_is_awaited():
 def test_a_value_sent_twice_is_a_bug():
     box = Mailbox()
     box.put((1, "x"), 1)
+    box.put((1, "x"), 2)
     with pytest.raises(AssertionError, match="was sent twice"):
-        box.put((1, "x"), 2)
+        box.wait((1, "y"))
 
 
 def test_a_wait_with_a_deadline_says_whether_it_came():

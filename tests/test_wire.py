@@ -6,8 +6,8 @@ import threading
 import pytest
 import torch
 from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
+from views import views
 
 from modelpar.errors import CaptureError
 from modelpar.run import wire
@@ -18,22 +18,6 @@ CPU = torch.device("cpu")
 def echo(tree):
     """Packs, goes through bytes as over a network, and unpacks."""
     return wire.unpack(pickle.loads(pickle.dumps(wire.pack(tree))), CPU)
-
-
-@st.composite
-def views(draw):
-    """Views of all kinds: slices with steps and offsets, transposed, expanded, empty, scalar."""
-    shape = draw(st.lists(st.integers(0, 5), min_size=0, max_size=4))
-    dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bool, torch.bfloat16, torch.uint8]))
-    tensor = (torch.rand([n * 3 + 1 for n in shape]) * 9).to(dtype)
-    for dim, n in enumerate(shape):
-        start, step = draw(st.integers(0, 2)), draw(st.integers(1, 2))
-        tensor = tensor[(*[slice(None)] * dim, slice(start, start + n * step, step))]
-    if tensor.dim() > 1 and draw(st.booleans()):
-        tensor = tensor.transpose(0, draw(st.integers(1, tensor.dim() - 1)))
-    if draw(st.booleans()):
-        tensor = tensor.unsqueeze(0).expand(draw(st.integers(1, 3)), *tensor.shape)
-    return tensor
 
 
 @given(views())

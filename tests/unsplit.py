@@ -33,7 +33,10 @@ def assert_same(found, expected):
 
 
 def check_equal(workers, model, loss, batches, *, optimizer=momentum, max_norm=None, lr_schedule=None, seed=0, **how):
-    """Trains split and unsplit; every loss, norm, weight and buffer is the same to the bit. Returns the plan."""
+    """Trains split and unsplit; every loss, norm, weight and buffer is the same to the bit. Returns the plan.
+
+    The unsplit model trains on the device of the last rank.
+    """
     before = copy.deepcopy(model.state_dict())
     objective = Objective(model, loss)
     decided = make_plan(objective, batches[0], **how)
@@ -43,10 +46,13 @@ def check_equal(workers, model, loss, batches, *, optimizer=momentum, max_norm=N
         state = pipeline.state_dict()
     assert_same(model.state_dict(), before)  # the user's module is never changed
     microbatches = how.get("num_microbatches", 4)
-    expected = train(model, loss, optimizer, batches, num_microbatches=microbatches, draws=draws(decided), **training)
+    device = decided.cluster.devices[-1]
+    model.to(device)
+    moved = [(inputs.to(device), targets.to(device)) for inputs, targets in batches]
+    expected = train(model, loss, optimizer, moved, num_microbatches=microbatches, draws=draws(decided), **training)
     for step, (result, (value, norm, _)) in enumerate(zip(results, expected, strict=True)):
         assert (result.step, result.loss, result.grad_norm) == (step, value, norm)
         assert result.count == len(batches[step][0])
-    assert_same(state, model.state_dict())
+    assert_same(state, model.cpu().state_dict())
     assert any(not torch.equal(state[name], before[name]) for name in state)
     return decided

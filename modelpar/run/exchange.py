@@ -10,7 +10,8 @@ import torch
 from modelpar.planning.graph import BATCH
 from modelpar.planning.schedule import Action, ValueKey
 from modelpar.planning.timeline import Span
-from modelpar.run import wire
+from modelpar.run import cuda, wire
+from modelpar.run.clock import clock_of, merge
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport
 
 
@@ -24,7 +25,10 @@ class Exchange:
         self.doing: tuple[Action | None, ValueKey | None] = (None, None)
         """The current action and the value it waits for, for messages to people."""
         self.spans: list[Span] = []
-        """What the rank has done in this run, so far."""
+        """What the rank has done in this run, so far, by the host's clock."""
+        self._clock = clock_of(device)
+        self._computed: list[tuple[Any, Any, Span]] = []
+        """What a CUDA device was given to do in this run: a mark before and one behind, and the span without times."""
         self._placement, self._device = placement, device
         self._mailbox, self._transport = mailbox, transport
         self._run = -1
@@ -36,7 +40,9 @@ class Exchange:
         `data_wait` is how long (seconds) the controller waited for the batch, ending now; as far as this rank was idle
         meanwhile the timeline shows it.
         """
-        self._run, self.spans = run, []
+        self._run, self.spans, self._computed = run, [], []
+        if self._clock:
+            self._clock.begin()
         now = perf_counter()
         idle = min(data_wait, now - self._idle_since)
         if idle > 0:
@@ -52,7 +58,12 @@ class Exchange:
             self.doing = (action, None)
         else:
             value = self._mailbox.wait((self._run, key))
-        return wire.unpack(value, self._device)
+        if self._clock is None:
+            return wire.unpack(value, self._device)
+        kind, start = "wait" if cuda.waits_for_events(value) else "receive", self.mark()
+        value = wire.unpack(value, self._device)
+        self.computed(kind, start, action, cause=str(key))
+        return value
 
     def give(self, key: ValueKey, value: Any) -> None:
         """Sends a value to the rank of the stage that needs it."""
@@ -60,7 +71,28 @@ class Exchange:
         if rank == self.rank:
             self._mailbox.put((self._run, key), wire.detach(value))
         else:
-            self._transport.send(rank, (self._run, key), self._transport.pack(value))
+            self._transport.give(rank, (self._run, key), value)
+
+    def mark(self) -> Any:
+        """Marks where a computation begins, for `computed`."""
+        return self._clock.mark() if self._clock else perf_counter()
+
+    def computed(self, kind: str, start: Any, action: Action | None = None, cause: str = "") -> float:
+        """Records a computation from a mark until here, on CUDA as the device does it; returns now."""
+        if self._clock is None:
+            return self.note(kind, start, action, cause)
+        stage, microbatch = (action.stage, action.microbatch) if action else (-1, -1)
+        span = Span(self.rank, kind, 0.0, 0.0, stage, microbatch, cause)
+        self._computed.append((start, self._clock.mark(), span))
+        return perf_counter()
+
+    def timeline(self) -> list[Span]:
+        """Returns the rank's spans of this run, none of which overlap; on CUDA waits for the device."""
+        if self._clock is None:
+            return self.spans
+        seconds = self._clock.seconds
+        on_device = [span._replace(start=seconds(start), end=seconds(end)) for start, end, span in self._computed]
+        return merge(on_device, self.spans)
 
     def note(self, kind: str, start: float, action: Action | None = None, cause: str = "") -> float:
         """Records a span from start until now; returns now."""

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from modelpar.errors import RunError
 from modelpar.planning.graph import BATCH, StageGraph, Value
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
+from modelpar.run import cuda
 from modelpar.run.exchange import Exchange
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
@@ -51,7 +51,8 @@ class Executor:
         if self._poisoned and context.mode == "train":  # an earlier step failed: the weights must stay as before it
             self._exchange.skip(run)
             return {"finite": False}
-        torch.set_num_threads(self._plan.num_threads)  # a setting of the thread
+        torch.set_num_threads(self._plan.num_threads)  # a setting of the thread, as the next
+        cuda.use(self._device)
         self._exchange.begin(run, data_wait)
         if context.mode == "train":
             reply = self._train(context)
@@ -109,7 +110,7 @@ class Executor:
             for runner in self._runners.values():
                 runner.undo()
             return {**reply, "finite": False}
-        return {**reply, **updated, "spans": self._exchange.spans, "peak_bytes": self._peak_bytes(context)}
+        return {**reply, **updated, "spans": self._exchange.timeline(), "peak_bytes": self._peak_bytes(context)}
 
     def _walk(self, context: RunContext) -> None:
         """Does the rank's list of actions."""
@@ -119,14 +120,12 @@ class Executor:
             self._values = {key: exchange.take(key, action) for key in needed}
             named = {key.name: value for key, value in self._values.items()}
             exchange.doing = (action, None)
-            start = perf_counter()
+            start = exchange.mark()
             if action.op is Op.FORWARD:
                 results = runner.forward(action.microbatch, named, context)
             else:
                 results = runner.backward(action.microbatch, named)
-            if self._device.type == "cuda":
-                torch.cuda.synchronize(self._device)
-            end = exchange.note(action.op.value, start, action)
+            end = exchange.computed(action.op.value, start, action)
             self._values = {}
             for key in given:
                 exchange.give(key, runner.take_grad(key.name) if key.kind == "tied_grad" else results[key.name])

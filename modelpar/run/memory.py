@@ -10,23 +10,30 @@ from pathlib import Path
 
 import torch
 
+from modelpar.run import cuda
+
 _STATUS = Path("/proc/self/status")
 
 
 class PeakMemory:
     """The most memory used since creation, above what was in use then.
 
-    On CUDA the allocator counts. A process that serves one rank reads its resident set from the kernel. Where neither
-    can tell, such as for a rank that is a thread among others, there is no number.
-
-    `received` is how many bytes of what is to be counted the process had already received.
+    On CUDA the allocator counts; what it has given to another process counts here until that one drops it. A process
+    that serves one rank reads its resident set from the kernel. Where the number would be that of several ranks, as for
+    threads on the CPU or on one CUDA device, there is none.
     """
 
-    def __init__(self, device: torch.device, owns_process: bool, received: int = 0):
+    def __init__(self, device: torch.device, alone: bool, received: int = 0):
+        """Begins to measure; `alone` says that no other rank uses the device (the CPU: the process) from here.
+
+        `received` is how many bytes of what is to be counted the process holds already.
+        """
         self._device = device
-        self._readable = owns_process and sys.platform == "linux" and _STATUS.exists()
+        self._on_cuda = alone and device.type == "cuda"
+        self._readable = alone and device.type == "cpu" and sys.platform == "linux" and _STATUS.exists()
         self._start = 0
-        if device.type == "cuda":
+        if self._on_cuda:
+            cuda.warm_up(device)
             torch.cuda.reset_peak_memory_stats(device)
             self._start = torch.cuda.memory_allocated(device)
         elif self._readable:
@@ -37,7 +44,7 @@ class PeakMemory:
 
     def bytes(self) -> int | None:
         """Returns the peak so far, or None where it cannot be measured."""
-        if self._device.type == "cuda":
+        if self._on_cuda:
             return torch.cuda.max_memory_allocated(self._device) - self._start
         return _status_bytes("VmHWM") - self._start if self._readable else None
 

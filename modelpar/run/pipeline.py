@@ -30,7 +30,8 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
-from modelpar.run import wire
+from modelpar.run import cuda, wire
+from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext
 from modelpar.run.update import OptimizerFactory, Settings, check_settings
 from modelpar.run.workers import Workers
@@ -113,7 +114,7 @@ class Pipeline:
             self._number = self._workers.next_number()
             of_model = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
             what = "the plan, the optimizer or the learning-rate schedule"
-            setup = _ship(what, (self._plan, self._settings), of_model)
+            setup = _ship(what, (self._plan, self._settings, Numerics.current()), of_model)
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
@@ -212,7 +213,7 @@ class Pipeline:
             found = getattr(state[name], "shape", None)
             if found != shape:
                 raise ConfigError(f"the state's {name} has shape {list(found or [])}; expected {list(shape or [])}")
-        self._ask_all("load_state_dict", state=state)
+        self._ask_all("load_state_dict", state=cuda.staged(state))
 
     def _submit(self, batch: Batch, data_wait: float) -> _Submitted:
         if self._settings.optimizer is None:
@@ -254,7 +255,7 @@ class Pipeline:
                 for name, stage in self._fed:
                     if name in given:
                         key = ValueKey("value", name, i, BATCH, stage)
-                        workers.send(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
+                        workers.give(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
         except BaseException as error:  # ranks that wait for the rest of a batch would wait for ever
             workers.fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
             raise

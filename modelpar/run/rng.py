@@ -31,7 +31,8 @@ class KeyedRandom:
     """Seeds the given submodules of a module before each of their calls, and restores the generators afterwards.
 
     In a process of their own the ranks need no lock; ranks that are threads of one process share its generators, so a
-    module that draws holds the lock while it runs.
+    module that draws holds the lock while it runs. On CUDA a kernel takes its place in the generator's sequence when it
+    is started, not when it runs.
     """
 
     def __init__(self, module: nn.Module, names: Iterable[str], seed: int, device: torch.device, lock: Any = None):

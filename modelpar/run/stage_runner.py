@@ -48,6 +48,9 @@ class StageRunner:
         program.module.to(device)
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
+        places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
+        self._state = [(of, name) for of in places for name in of]
+        """Where the parameters and buffers are; which tensors they are may change."""
         self._live: dict[int, _Live] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}
         self._written: set[str] = set()
@@ -87,8 +90,8 @@ class StageRunner:
 
     def _frozen(self, output: Any) -> Any:
         """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
-        module = self.program.module
-        state = {t.untyped_storage().data_ptr() for t in (*module.parameters(), *module.buffers())}
+        tensors = [of.get(name) for of, name in self._state]
+        state = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 
         def copy(tensor: Tensor) -> Tensor:
             if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() not in state:

@@ -1,99 +1,143 @@
-"""How values reach a rank: Mailbox, Transport, and the transport between threads of one process.
+"""How values reach a rank: Inbox, Mailbox, Transport, and the transport between threads of one process.
 
-Push, never pull: a sender puts a value into the mailbox of the rank that will need it; that rank's one executor takes
-it out. Nothing else happens on arrival.
+Push, never pull: a sender puts a value into the inbox of the rank that will need it; that rank's one executor files
+what has arrived by key, and takes it out. No thread stands in between::
+
+    any thread or process  ──put──▶  Inbox  ──get──▶  Mailbox, filed by key  ──wait──▶  the executor
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from threading import Condition
+from collections.abc import Callable, Mapping, Sequence
+from queue import Empty, SimpleQueue
 from time import monotonic
 from typing import Any, Protocol
 
-from modelpar.run import wire
+from modelpar.run import cuda, wire
 
 CONTROLLER = -1
 """The address of the process that runs the user's code."""
+
+Key = tuple[Any, ...]
+"""What a value is filed under; its first item is a kind, or the number of a run."""
+
+Routes = Mapping[str, Callable[[Key, Any], None]]
+"""Who takes arrivals of some kinds at once, on the thread that brings them."""
+
+_WAKE: Key = ("wake",)
 
 
 class Unreachable(ConnectionError):
     """Reports a rank that a value did not reach, mostly because it has ended."""
 
 
+class Inbox(Protocol):
+    """Arrivals in order, until the one taker files them."""
+
+    def put(self, key: Key, value: Any) -> None:
+        """Adds an arrival, from any thread of this process."""
+
+    def get(self, timeout: float | None) -> tuple[Key, Any] | None:
+        """Returns the next arrival; None where there is none after `timeout` seconds (None: waits for ever)."""
+
+
+class QueueInbox:
+    """The inbox of a thread among threads."""
+
+    def __init__(self) -> None:
+        self._queue: SimpleQueue[tuple[Key, Any]] = SimpleQueue()
+
+    def put(self, key: Key, value: Any) -> None:
+        """Adds an arrival."""
+        self._queue.put((key, value))
+
+    def get(self, timeout: float | None) -> tuple[Key, Any] | None:
+        """Returns the next arrival; see `Inbox.get`."""
+        try:
+            return self._queue.get(timeout != 0, timeout)
+        except Empty:
+            return None
+
+
 class Mailbox:
     """Values by key, each put once and taken once. One thread takes; any thread puts."""
 
-    def __init__(self, routes: dict[str, Callable[[Any, Any], None]] | None = None):
-        self._values: dict[Any, Any] = {}
-        self._changed = Condition()
-        self._awaited: Any = None
+    def __init__(self, routes: Routes | None = None, inbox: Inbox | None = None):
+        self._inbox = inbox or QueueInbox()
+        self._values: dict[Key, Any] = {}
         self._error: BaseException | None = None
         self._discarded: set[Any] = set()
         self._routes = routes or {}
 
-    def put(self, key: tuple[Any, ...], value: Any) -> None:
-        """Files a value, and wakes the taker if it waits for this key; a routed kind (its first item) is handed on."""
+    def put(self, key: Key, value: Any) -> None:
+        """Adds a value, and wakes the taker if it waits; a routed kind (its first item) is handed on."""
         if key[0] in self._routes:
             self._routes[key[0]](key, value)
-            return
-        with self._changed:
-            if key[0] in self._discarded:
-                return
-            assert key not in self._values, f"{key} was sent twice"
-            self._values[key] = value
-            if key == self._awaited:
-                self._changed.notify()
+        else:
+            self._inbox.put(key, value)
 
-    def wait(self, key: tuple[Any, ...]) -> Any:
+    def wait(self, key: Key) -> Any:
         """Takes a value out, waiting until it has arrived. Raises what `close` was given, if closed."""
         self.wait_for(key, None)
-        with self._changed:
-            if self._error is not None:
-                raise self._error
-            return self._values.pop(key)
+        if self._error is not None:
+            raise self._error
+        return self._values.pop(key)
 
-    def wait_for(self, key: tuple[Any, ...], deadline: float | None) -> bool:
+    def wait_for(self, key: Key, deadline: float | None) -> bool:
         """Waits until a value has arrived or the mailbox is closed; False where the deadline (monotonic) came first."""
-        with self._changed:
-            self._awaited = key
-            left = None if deadline is None else max(0.0, deadline - monotonic())
-            found = self._changed.wait_for(lambda: key in self._values or self._error is not None, left)
-            self._awaited = None
-            return found
+        while key not in self._values and self._error is None:
+            if not self._file(None if deadline is None else max(0.0, deadline - monotonic())):
+                return False
+        return True
 
-    def has(self, key: tuple[Any, ...]) -> bool:
+    def has(self, key: Key) -> bool:
         """Tells whether a value has arrived, without taking it."""
+        while key not in self._values and self._file(0):
+            pass
         return key in self._values
 
     def discard(self, run: Any) -> None:
         """Drops all values of a run, also those still to come."""
-        with self._changed:
-            self._discarded.add(run)
-            for key in [key for key in self._values if key[0] == run]:
-                del self._values[key]
+        self._discarded.add(run)
+        for key in [key for key in self._values if key[0] == run]:
+            del self._values[key]
 
-    def left(self, run: Any) -> list[tuple[Any, ...]]:
+    def left(self, run: Any) -> list[Key]:
         """Returns the keys of a run that nobody took."""
-        with self._changed:
-            return [key for key in self._values if key[0] == run]
+        while self._file(0):
+            pass
+        return [key for key in self._values if key[0] == run]
 
     def close(self, error: BaseException) -> None:
         """Makes every wait, now and later, raise an error; the first one given stays."""
-        with self._changed:
-            if self._error is None:
-                self._error = error
-            self._changed.notify_all()
+        if self._error is None:
+            self._error = error
+            self._inbox.put(_WAKE, None)
+
+    def _file(self, timeout: float | None) -> bool:
+        """Files the next arrival; returns whether there was one in time."""
+        arrived = self._inbox.get(timeout)
+        if arrived is None:
+            return False
+        key, value = arrived
+        if key[0] not in self._discarded:
+            assert key not in self._values, f"{key} was sent twice"
+            self._values[key] = value
+        return True
 
 
 class Transport(Protocol):
     """Carries values to ranks."""
 
-    def pack(self, tree: Any) -> Any:
-        """Returns a pytree of tensors as it should be sent; `wire.unpack` makes it whole on the other side."""
+    def send(self, to: int, key: Key, value: Any) -> None:
+        """Starts sending an object; raises Unreachable if an earlier one is known not to have arrived."""
 
-    def send(self, to: int, key: tuple[Any, ...], value: Any) -> None:
-        """Starts sending a value; raises Unreachable if an earlier send is known to have failed."""
+    def give(self, to: int, key: Key, value: Any) -> None:
+        """Hands over a value of a run, by the fastest way; only from the one thread that runs or submits batches.
+
+        Tensors arrive as leaves of their own graph, with their strides and their place in a vector. Where the receiver
+        could see the sender write to one, neither may.
+        """
 
     def flush(self) -> None:
         """Waits until everything sent has arrived; raises Unreachable where something did not."""
@@ -102,14 +146,16 @@ class Transport(Protocol):
 class ThreadTransport:
     """Carries values between threads of one process: a tensor's memory is shared, never copied."""
 
-    pack = staticmethod(wire.detach)
-
     def __init__(self, mailboxes: Sequence[Mailbox], controller: Mailbox):
         self._mailboxes = {**dict(enumerate(mailboxes)), CONTROLLER: controller}
 
-    def send(self, to: int, key: tuple[Any, ...], value: Any) -> None:
-        """Puts a value into the other thread's mailbox."""
+    def send(self, to: int, key: Key, value: Any) -> None:
+        """Puts an object into the other thread's mailbox."""
         self._mailboxes[to].put(key, value)
+
+    def give(self, to: int, key: Key, value: Any) -> None:
+        """Puts a value into the other thread's mailbox; see `Transport.give`."""
+        self.send(to, key, cuda.handed_over(wire.detach(value)))
 
     def flush(self) -> None:
         """Does nothing: what was sent has arrived."""

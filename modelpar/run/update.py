@@ -9,6 +9,7 @@ The order of operations is that of `clip_grad_norm_` and `optimizer.step` on the
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from time import perf_counter
@@ -82,6 +83,20 @@ def _make(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> t
         raise
 
 
+def _norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels."""
+    found: dict[str, Tensor] = {}
+    on_cuda: defaultdict[torch.dtype, list[str]] = defaultdict(list)
+    for name, gradient in gradients.items():
+        if gradient.is_cuda:
+            on_cuda[gradient.dtype].append(name)
+        else:
+            found[name] = torch.linalg.vector_norm(gradient)
+    for names in on_cuda.values():
+        found |= zip(names, torch._foreach_norm([gradients[name] for name in names], 2.0), strict=True)
+    return found
+
+
 class Update:
     """Applies the gradients of a rank's stages, together with the other ranks."""
 
@@ -110,11 +125,12 @@ class Update:
         gradients = {n: p for owned in self._owned.values() for n, p in owned.items() if p.grad is not None}
         for parameter in gradients.values():
             parameter.grad.div_(self._count)
-        norm = self._norm({name: torch.linalg.vector_norm(p.grad) for name, p in gradients.items()})
+        norm = self._norm(_norms({name: p.grad for name, p in gradients.items() if p.grad is not None}))
         if self._max_norm is not None and gradients:
             assert norm is not None
             nn.utils.clip_grads_with_norm_(list(gradients.values()), self._max_norm, norm)
-        reduced = self._exchange.note_around("reduce", start)
+        self._exchange.note_around("reduce", start)
+        mark = self._exchange.mark()
         lr = None
         if self._optimizer:
             lr = float(self._optimizer.param_groups[0]["lr"])
@@ -122,7 +138,7 @@ class Update:
             self._optimizer.zero_grad(set_to_none=True)
         if self._lr_schedule:
             self._lr_schedule.step()
-        self._exchange.note("optimizer", reduced)
+        self._exchange.computed("optimizer", mark)
         self._copy_tied_weights()
         return {"lr": lr, "grad_norm": float(norm) if norm is not None and 0 in self._runners else None}
 
@@ -154,11 +170,12 @@ class Update:
         """Returns the 2-norm of all gradients: always on the rank of stage 0, on others where they clip."""
         total = None
         for stage in self._runners:
-            own = {name: norms[name] for name in self._owned[stage] if name in norms}
-            self._give(stage, "norms", lambda _, own=own: own)
+            names = [name for name in self._owned[stage] if name in norms]
+            stacked = torch.stack([norms[name] for name in names]) if names else None  # one tensor, not one each
+            self._give(stage, "norms", lambda _, own=(names, stacked): own)
         if 0 in self._runners:
-            for others in self._take(0, "norms").values():
-                norms |= others
+            for names, stacked in self._take(0, "norms").values():
+                norms |= dict(zip(names, stacked if names else (), strict=True))
             ordered = [norms[name] for name in self._order if name in norms]
             total = torch.linalg.vector_norm(torch.stack(ordered)) if ordered else torch.zeros(())
             self._give(0, "total_norm", lambda _: total)

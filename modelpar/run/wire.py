@@ -1,22 +1,25 @@
-"""What travels between ranks: pytrees packed for the wire, and modules shipped as bytes and tensors."""
+"""What travels between ranks: values packed for a message or for shared memory, modules as bytes and tensors."""
 
 from __future__ import annotations
 
+import copyreg
 import io
 import pickle
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modelpar.errors import CaptureError
-
-ALIGNMENT = 64
-"""Bytes to which torch aligns new memory on the CPU, and the widest vectors."""
+from modelpar.run import layout
+from modelpar.run.cuda import HandedOver, Shared
+from modelpar.run.layout import ALIGNMENT as ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -38,7 +41,11 @@ def pack(tree: Any) -> Any:
 
 def unpack(tree: Any, device: torch.device) -> Any:
     """Returns what was sent, on a device; tensors that required a gradient are leaves that do."""
-    return pytree.tree_map_only((_Packed, Tensor), lambda leaf: _unpack(leaf, device), tree)
+    if type(tree) is Tensor and tree.device == device:  # as nearly all are
+        return tree
+    if type(tree) is HandedOver:
+        tree = tree.accept()
+    return pytree.tree_map_only((_Packed, Shared, Tensor), lambda leaf: _unpack(leaf, device), tree)
 
 
 def detach(tree: Any) -> Any:
@@ -46,40 +53,88 @@ def detach(tree: Any) -> Any:
     return pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), tree)
 
 
+def dumps(obj: Any) -> tuple[bytes, list[NDArray[np.uint8]]]:
+    """Returns an object as bytes, and the memory that its tensors span, apart and not copied (on the CPU)."""
+    file = io.BytesIO()
+    windows: list[pickle.PickleBuffer] = []
+    _ValuePickler(file, protocol=5, buffer_callback=windows.append).dump(obj)
+    return file.getvalue(), [np.asarray(window) for window in windows]
+
+
+def loads(data: bytes | memoryview, windows: Sequence[NDArray[np.uint8]]) -> Any:
+    """Returns the object; its tensors lie in the memory given, which must begin at multiples of ALIGNMENT."""
+    return pickle.loads(data, buffers=windows)
+
+
+def aligned(data: bytes) -> NDArray[np.uint8]:
+    """Returns bytes in writable memory that begins at a multiple of ALIGNMENT."""
+    memory: NDArray[np.uint8] = torch.empty(len(data), dtype=torch.uint8).numpy()
+    memory[:] = np.frombuffer(data, np.uint8)
+    return memory
+
+
 def _pack(tensor: Tensor) -> _Packed | Tensor:
     flat = tensor.detach()
     if flat.layout is not torch.strided:
         return flat.cpu()
     window, offset = _window(flat)
+    if window.untyped_storage().nbytes() != window.numel() * window.element_size():
+        window = window.clone()  # RPC sends whole storages
     return _Packed(window, tuple(flat.shape), tuple(flat.stride()), offset, tensor.requires_grad)
 
 
-def _window(tensor: Tensor, copy: bool = False) -> tuple[Tensor, int]:
-    """Returns what a tensor spans of its storage, as a vector on the CPU with memory of its own, and its offset there.
-
-    The offset places the tensor relative to vectors of 64 bytes as it was: matrix products round otherwise where rows
-    begin elsewhere, as those of a micro-batch cut out of a batch do.
-    """
-    strides = zip(tensor.shape, tensor.stride(), strict=True)
-    span = 1 + sum((n - 1) * s for n, s in strides) if tensor.numel() else 0
-    offset = tensor.data_ptr() % ALIGNMENT // tensor.element_size() if span else 0
-    start = tensor.storage_offset() - offset
-    if start < 0:  # memory that torch did not allocate
-        window = tensor.new_zeros(offset + span, device="cpu")
-        window[offset:] = tensor.as_strided((span,), (1,), tensor.storage_offset())
-        return window, offset
-    window = tensor.as_strided((offset + span,), (1,), start)
-    if tensor.device.type != "cpu":
-        return window.cpu(), offset
-    whole = window.untyped_storage().nbytes() == window.numel() * window.element_size()
-    return (window if whole and not copy else window.clone()), offset
+def _window(tensor: Tensor) -> tuple[Tensor, int]:
+    """Returns what a tensor spans of its storage, as a vector on the CPU, and where in it the tensor begins."""
+    window, offset = layout.window(tensor)
+    return window if window.device.type == "cpu" else window.cpu(), offset
 
 
-def _unpack(leaf: _Packed | Tensor, device: torch.device) -> Tensor:
+def _unpack(leaf: _Packed | Shared | Tensor, device: torch.device) -> Tensor:
     if isinstance(leaf, Tensor):
-        return leaf if leaf.device == device else leaf.detach().to(device).requires_grad_(leaf.requires_grad)
-    tensor = leaf.window.to(device).as_strided(leaf.shape, leaf.stride, leaf.offset)
+        return leaf if leaf.device == device else layout.move(leaf, device).requires_grad_(leaf.requires_grad)
+    if isinstance(leaf, Shared):
+        return leaf.open(device)
+    tensor = layout.put(leaf.window, device).as_strided(leaf.shape, leaf.stride, leaf.offset)
     return tensor.requires_grad_(leaf.requires_grad)
+
+
+_DTYPES = {dtype: name for name, dtype in vars(torch).items() if isinstance(dtype, torch.dtype)}
+"""One name of each dtype: pickling one by itself looks through all modules."""
+
+
+def _dtype(name: str) -> torch.dtype:
+    found: torch.dtype = getattr(torch, name)
+    return found
+
+
+def _reduce(tensor: Tensor) -> Any:
+    """Says how a tensor is pickled: its window apart, so that it can be copied straight to where it should lie."""
+    flat = tensor.detach()
+    if flat.layout is not torch.strided or flat.is_quantized:
+        return flat.cpu().__reduce_ex__(5)
+    window, offset = _window(flat)
+    place = tuple(flat.shape), flat.stride(), offset, tensor.requires_grad
+    return _restore, (pickle.PickleBuffer(window.view(torch.uint8).numpy()), _DTYPES[flat.dtype], *place)
+
+
+def _restore(
+    window: NDArray[np.uint8], dtype: str, shape: tuple[int, ...], stride: tuple[int, ...], offset: int, grad: bool
+) -> Tensor:
+    kind = _dtype(dtype)
+    if window.size:
+        tensor = torch.frombuffer(window, dtype=kind).as_strided(shape, stride, offset)
+    else:
+        tensor = torch.empty_strided(shape, stride, dtype=kind)
+    return tensor.requires_grad_() if grad else tensor
+
+
+class _ValuePickler(pickle.Pickler):
+    dispatch_table: ClassVar = {
+        **copyreg.dispatch_table,
+        Tensor: _reduce,
+        nn.Parameter: _reduce,
+        torch.dtype: lambda dtype: (_dtype, (_DTYPES[dtype],)),
+    }
 
 
 class _Pickler(cloudpickle.Pickler):
@@ -164,5 +219,5 @@ def _exact(tensor: Tensor) -> Tensor:
     """Returns a copy in memory of its own, laid out in the same way, so that neither side sees the other write."""
     if tensor.layout is not torch.strided:
         return tensor.cpu().clone()
-    window, offset = _window(tensor, copy=True)
-    return window.as_strided(tensor.shape, tensor.stride(), offset)
+    window, offset = _window(tensor)
+    return window.clone().as_strided(tensor.shape, tensor.stride(), offset)

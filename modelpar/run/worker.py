@@ -11,14 +11,18 @@ import torch
 
 from modelpar.capture.cut import StageProgram
 from modelpar.planning.plan import Plan
-from modelpar.run import wire
+from modelpar.run import cuda, wire
 from modelpar.run.exchange import Exchange
 from modelpar.run.executor import Executor
 from modelpar.run.memory import PeakMemory, keep_freed_memory
+from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.sweep import SweepResult, SweepWork, sweep
 from modelpar.run.transport import CONTROLLER, Mailbox, Transport, Unreachable
 from modelpar.run.update import Settings, Update
+
+RUN = "run"
+"""The command to run a batch: it and its reply take the way of the values."""
 
 
 class Closed(Exception):
@@ -42,14 +46,14 @@ class Failure:
 class Worker:
     """One rank's state: the pipelines it has a part of."""
 
-    def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, locks: dict[str, Any] | None = None):
+    def __init__(self, rank: int, mailbox: Mailbox, transport: Transport, lock: Any = None):
         self.rank = rank
         self._mailbox, self._transport = mailbox, transport
-        self._locks = locks
-        """One lock per device where several ranks share this process and so its random generators; else None."""
+        self._random_lock = lock
+        """A lock for the random generators where several ranks share this process and so them; else None."""
         self._executors: dict[int, Executor] = {}
         self._active: Executor | None = None
-        if locks is None:
+        if lock is None:
             keep_freed_memory()
 
     def serve(self) -> bool:
@@ -57,7 +61,7 @@ class Worker:
         commands: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "unload": self._unload,
-            "run": self._run,
+            RUN: self._run,
             "sweep": self._sweep,
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
             "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
@@ -68,7 +72,9 @@ class Worker:
                 name, arguments = self._mailbox.wait(("command", number))
                 if name == "stop":
                     return True
-                self._transport.send(CONTROLLER, ("reply", self.rank, number), commands[name](**arguments))
+                reply = commands[name](**arguments)
+                way = self._transport.give if name == RUN else self._transport.send
+                way(CONTROLLER, ("reply", self.rank, number), reply)
                 self._transport.flush()
                 number += 1
         except Closed:
@@ -85,13 +91,17 @@ class Worker:
         return f"runs {action}" if key is None else f"has {action} pending and waits for {key}"
 
     def _load(self, pipeline: int, setup: wire.Parcel, programs: list[wire.Parcel]) -> None:
-        plan, settings = cast(tuple[Plan, Settings], wire.receive(setup))
-        device = torch.device(plan.cluster.devices[self.rank])
-        memory, lock = self._memory(device, programs), self._lock(device)
+        plan, settings, numerics = cast(tuple[Plan, Settings, Numerics], wire.receive(setup))
+        numerics.apply()
+        devices = [cuda.resolve(name) for name in plan.cluster.devices]
+        device = devices[self.rank]
+        cuda.use(device)
+        alone = self._random_lock is None or (device.type == "cuda" and devices.count(device) == 1)
+        memory = _memory(device, alone, programs)
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
-            runners[program.stage] = StageRunner(program, settings.seed, device, lock)
+            runners[program.stage] = StageRunner(program, settings.seed, device, self._random_lock)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
         self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)
@@ -105,17 +115,12 @@ class Worker:
         return self._active.run(run, context, data_wait)
 
     def _sweep(self, setup: wire.Parcel, programs: list[wire.Parcel], device: str) -> SweepResult:
-        place = torch.device(device)
+        place = cuda.resolve(device)
+        cuda.use(place)
         work: SweepWork = wire.receive(setup)
         received = [wire.receive(parcel) for parcel in programs]
-        return sweep(work, received, place, self._lock(place), lambda: self._memory(place, programs))
-
-    def _memory(self, device: torch.device, parcels: list[wire.Parcel]) -> PeakMemory:
-        received = sum(t.untyped_storage().nbytes() for parcel in parcels for t in parcel.tensors)
-        return PeakMemory(device, owns_process=self._locks is None, received=received)
-
-    def _lock(self, device: torch.device) -> Any:
-        return None if self._locks is None else self._locks[str(device)]
+        alone = self._random_lock is None
+        return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs))
 
     def _describe(self, error: BaseException) -> Failure:
         try:
@@ -133,3 +138,8 @@ class Worker:
         text = "".join(traceback.format_exception(error))
         secondary = isinstance(error, Unreachable)
         return Failure(self.rank, f"{type(error).__name__}: {error}", ", ".join(where), text, secondary)
+
+
+def _memory(device: torch.device, alone: bool, parcels: list[wire.Parcel]) -> PeakMemory:
+    received = sum(tensor.untyped_storage().nbytes() for parcel in parcels for tensor in parcel.tensors)
+    return PeakMemory(device, alone, received)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 from modelpar.errors import ConfigError, ModelparError, RunError, StepTimeout
+from modelpar.run import cuda
 from modelpar.run.launch.base import Launch
 from modelpar.run.launch.local import ProcessLaunch
 from modelpar.run.launch.threads import ThreadLaunch
 from modelpar.run.supervisor import Supervisor
-from modelpar.run.transport import Mailbox, Transport, Unreachable
+from modelpar.run.transport import Key, Unreachable
+from modelpar.run.worker import RUN
 
 TRANSPORTS = ("rpc", "threads")
 
@@ -28,6 +31,8 @@ class Workers:
     `transport="rpc"` starts one process per rank, which talk over torch.distributed.rpc; "threads" starts threads of
     this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one batch
     may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
+    `shared_memory=False` sends the values of a run, too, as messages over RPC, as between hosts. `cuda_ipc=True` leaves
+    CUDA tensors on the device on their way between processes, by CUDA's own sharing; it has not been run yet.
 
     Raises ConfigError for arguments that cannot be used, before anything is started.
     """
@@ -40,6 +45,8 @@ class Workers:
         heartbeat_timeout: float = 60.0,
         step_timeout: float | None = None,
         port: int = 0,
+        shared_memory: bool = True,
+        cuda_ipc: bool = False,
     ):
         if num_ranks < 1:
             raise ConfigError(f"num_ranks is {num_ranks}; expected at least 1")
@@ -51,25 +58,28 @@ class Workers:
             )
         if not 0 <= port <= 65535:
             raise ConfigError(f"port is {port}; expected 0 to 65535")
+        if cuda_ipc and transport == "rpc" and (reason := cuda.why_not_shared()):
+            raise ConfigError(f"cuda_ipc cannot be used: {reason}; expected cuda_ipc=False, or other memory settings")
         self.num_ranks = num_ranks
-        self._kind, self._port = transport, port
+        self._kind, self._port, self._shared_memory, self._cuda_ipc = transport, port, shared_memory, cuda_ipc
         self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
         self._launch: Launch | None = None
         self._commands = [itertools.count() for _ in range(num_ranks)]
         self._numbers = itertools.count()
         self._supervisor = Supervisor(num_ranks, heartbeat_timeout, self._on_error)
         self._error: ModelparError | None = None
-        self._mailbox = Mailbox({"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure})
+        self._routes = {"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure}
 
     def __enter__(self) -> Self:
         """Starts the ranks; raises ConfigError where the port is in use, StartError where a process does not start."""
         if self._launch is not None:
             raise RunError("these workers were started before; expected a new Workers for each `with` block")
         if self._kind == "threads":
-            self._launch = ThreadLaunch(self.num_ranks, self._mailbox)
+            self._launch = ThreadLaunch(self.num_ranks, self._routes)
         else:
             beat = min(1.0, self._heartbeat_timeout / 4, (self._step_timeout or 4.0) / 4)
-            self._launch = ProcessLaunch(self.num_ranks, self._mailbox, self._port, beat)
+            how = {"shared_memory": self._shared_memory, "cuda_ipc": self._cuda_ipc}
+            self._launch = ProcessLaunch(self.num_ranks, self._routes, self._port, beat, **how)
         self._supervisor.watch(self._launch)
         return self
 
@@ -87,39 +97,27 @@ class Workers:
             else:
                 self._launch.kill()
             self._error = RunError("these workers were stopped; expected to be used inside their `with` block")
-
-    @property
-    def transport(self) -> Transport:
-        """The controller's way to the ranks. Raises the error that ended them, or RunError where they do not run."""
-        if self._error is not None:
-            raise self._error
-        if self._launch is None:
-            raise RunError("the workers do not run; expected to be used inside `with Workers(...) as workers:`")
-        return self._launch.transport
+        self._launch.close()
 
     def next_number(self) -> int:
         """Returns a number never returned before, to name a run or a pipeline."""
         return next(self._numbers)
 
     def command(self, rank: int, name: str, **arguments: Any) -> tuple[int, int]:
-        """Gives a rank something to do after what it was given before; returns a ticket for `wait_reply`."""
+        """Gives a rank something to do after what it was given before; returns a ticket for `wait_replies`."""
         number = next(self._commands[rank])
-        try:
-            self.transport.send(rank, ("command", number), (name, arguments))
-        except Unreachable as error:
-            self._wait_cause(error)
+        transport = self._running.transport
+        way = transport.give if name == RUN else transport.send  # any other may hold a whole model
+        self._deliver(way, rank, ("command", number), (name, arguments))
         return rank, number
 
-    def send(self, rank: int, key: tuple[Any, ...], tree: Any) -> None:
-        """Sends a pytree of tensors to a rank."""
-        try:
-            self.transport.send(rank, key, self.transport.pack(tree))
-        except Unreachable as error:
-            self._wait_cause(error)
+    def give(self, rank: int, key: Key, value: Any) -> None:
+        """Hands a value of a run to a rank."""
+        self._deliver(self._running.transport.give, rank, key, value)
 
-    def wait(self, key: tuple[Any, ...]) -> Any:
+    def wait(self, key: Key) -> Any:
         """Waits for a value sent to the controller; raises what ended the workers, if something does."""
-        return self._mailbox.wait(key)
+        return self._running.mailbox.wait(key)
 
     def wait_replies(self, tickets: list[tuple[int, int]], *, step: bool = False) -> list[Any]:
         """Waits for replies; a step may take step_timeout, then StepTimeout says what every rank waits for."""
@@ -127,23 +125,37 @@ class Workers:
         deadline = None if limit is None else time.monotonic() + limit
         replies = []
         for ticket in tickets:
-            if not self._mailbox.wait_for(("reply", *ticket), deadline):
+            if not self._running.mailbox.wait_for(("reply", *ticket), deadline):
                 statuses = "; ".join(self._supervisor.statuses())
                 self._supervisor.fail(
                     StepTimeout(f"no reply after step_timeout = {self._step_timeout:g} s: {statuses}")
                 )
-            replies.append(self._mailbox.wait(("reply", *ticket)))
+            replies.append(self._running.mailbox.wait(("reply", *ticket)))
         return replies
 
     def fail(self, error: ModelparError) -> None:
         """Ends all ranks; every wait raises the error."""
         self._supervisor.fail(error)
 
-    def _wait_cause(self, error: Unreachable) -> None:
-        """Raises why a rank cannot be reached: the supervisor is about to find out."""
-        self._mailbox.wait(("never",))
-        raise AssertionError from error
+    @property
+    def _running(self) -> Launch:
+        """The started ranks. Raises the error that ended them, or RunError where they do not run."""
+        if self._error is not None:
+            raise self._error
+        if self._launch is None:
+            raise RunError("the workers do not run; expected to be used inside `with Workers(...) as workers:`")
+        return self._launch
+
+    def _deliver(self, way: Callable[[int, Key, Any], None], rank: int, key: Key, value: Any) -> None:
+        """Sends something, or raises why a rank cannot be reached: the supervisor is about to find out."""
+        mailbox = self._running.mailbox
+        try:
+            way(rank, key, value)
+        except Unreachable as error:
+            mailbox.wait(("never",))
+            raise AssertionError from error
 
     def _on_error(self, error: ModelparError) -> None:
         self._error = error
-        self._mailbox.close(error)
+        assert self._launch
+        self._launch.mailbox.close(error)

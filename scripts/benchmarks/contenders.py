@@ -102,9 +102,9 @@ class Modelpar(Contender):
 
 
 class Torch(Contender):
-    """One rank of torch.distributed.pipelining over gloo: one stage, made by hand of the same layers."""
+    """One rank of torch.distributed.pipelining: one stage, made by hand of the same layers."""
 
-    def __init__(self, rank: int, num_ranks: int, store: str):
+    def __init__(self, rank: int, num_ranks: int, store: str, backend: str = "gloo", device: str = "cpu"):
         from torch.distributed import pipelining  # takes seconds, which only these processes need to spend
 
         self._pipelining = pipelining
@@ -112,8 +112,11 @@ class Torch(Contender):
         _warm_up()
         os.environ["GLOO_SOCKET_IFNAME"] = "lo"
         self._rank, self._num_ranks = rank, num_ranks
+        self._device = torch.device(device)
+        if self._device.type == "cuda":
+            torch.cuda.set_device(self._device)
         dist.init_process_group(
-            "gloo",
+            backend,
             store=dist.FileStore(store, num_ranks),
             rank=rank,
             world_size=num_ranks,
@@ -125,8 +128,9 @@ class Torch(Contender):
         """Makes this rank's stage and joins the others in a few steps; `bounds` are those of modelpar's partition."""
         built = task()
         layers = list(built.model.named_children())[bounds[self._rank] : bounds[self._rank + 1]]
-        module = nn.Sequential(*(layer for _, layer in layers))
-        stage = self._pipelining.PipelineStage(module, self._rank, self._num_ranks, torch.device("cpu"))
+        module = nn.Sequential(*(layer for _, layer in layers)).to(self._device)
+        built = built._replace(batch=tuple(part.to(self._device) for part in built.batch))
+        stage = self._pipelining.PipelineStage(module, self._rank, self._num_ranks, self._device)
         kind = {"gpipe": self._pipelining.ScheduleGPipe, "1f1b": self._pipelining.Schedule1F1B}[schedule]
         parameters = list(module.parameters())
         optimizer = built.optimizer(parameters) if parameters else None
@@ -149,6 +153,8 @@ class Torch(Contender):
             if optimizer is not None:
                 optimizer.step()
                 optimizer.zero_grad()
+            if self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
             ends.append(perf_counter())
         return Lap(tuple(ends))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from modelpar.run.transport import Transport
+from modelpar.run.transport import Mailbox, Transport
 
 
 class Launch(Protocol):
@@ -12,6 +12,8 @@ class Launch(Protocol):
 
     transport: Transport
     """The controller's way to the ranks."""
+    mailbox: Mailbox
+    """What ranks send to the controller."""
 
     def lost(self) -> dict[int, str]:
         """Returns the ranks that have ended, each with how."""
@@ -23,4 +25,7 @@ class Launch(Protocol):
         """Waits for ranks that were told to stop to end."""
 
     def kill(self) -> None:
-        """Ends all ranks at once."""
+        """Ends all ranks at once; the mailbox stays open, since somebody may be waiting."""
+
+    def close(self) -> None:
+        """Frees what is left, when nobody waits any more."""

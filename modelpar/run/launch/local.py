@@ -6,6 +6,7 @@ import json
 import os
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -16,8 +17,9 @@ from threading import Event, Thread
 import torch
 
 from modelpar.errors import StartError
-from modelpar.run import rpc
-from modelpar.run.transport import CONTROLLER, Mailbox
+from modelpar.run import cuda, rpc
+from modelpar.run.channel import Channel, pair
+from modelpar.run.transport import CONTROLLER, Mailbox, Routes
 from modelpar.run.worker import Worker
 
 _START_SECONDS = 120
@@ -31,12 +33,25 @@ class ProcessLaunch:
     the pipe, and the worker exits.
     """
 
-    def __init__(self, num_ranks: int, controller: Mailbox, port: int, heartbeat_seconds: float):
+    def __init__(
+        self,
+        num_ranks: int,
+        routes: Routes,
+        port: int,
+        heartbeat_seconds: float,
+        *,
+        shared_memory: bool = True,
+        cuda_ipc: bool = False,
+    ):
         self._store, port = rpc.listen(port)
         rpc.require_no_group()
+        ends = {rank: pair() for rank in (CONTROLLER, *range(num_ranks))} if shared_memory else {}
+        ways = {rank: way for rank, (_, way) in ends.items()}
+        self._channel = Channel(CONTROLLER, ends[CONTROLLER][0], ways) if shared_memory else None
+        self.mailbox = Mailbox(routes, self._channel)
         group = secrets.token_hex(4)
         config = {"num_ranks": num_ranks, "group": group, "port": port, "path": sys.path}
-        config["heartbeat_seconds"] = heartbeat_seconds
+        config |= {"heartbeat_seconds": heartbeat_seconds, "cuda_ipc": cuda_ipc}
         # a new session, so that Ctrl-C reaches only the controller, which then ends the workers in order
         self._processes = [
             subprocess.Popen(
@@ -44,18 +59,24 @@ class ProcessLaunch:
                 stdin=subprocess.PIPE,
                 env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
                 start_new_session=True,
+                pass_fds=[end.fileno() for end in (*ways.values(), *ends.get(rank, ())[:1])],
             )
-            for _ in range(num_ranks)
+            for rank in range(num_ranks)
         ]
         try:
             for rank, process in enumerate(self._processes):
+                receiving = ends[rank][0].detach() if shared_memory else None
+                own = {"rank": rank, "receiving": receiving, "ways": {to: way.fileno() for to, way in ways.items()}}
                 assert process.stdin
-                process.stdin.write(json.dumps({**config, "rank": rank}).encode() + b"\n")
+                process.stdin.write(json.dumps(config | own).encode() + b"\n")
                 process.stdin.flush()
+                if receiving is not None:
+                    os.close(receiving)
             self._wait_until_ready()
-            self.transport = rpc.RpcTransport(CONTROLLER, num_ranks, group, port, controller)
+            self.transport = rpc.RpcTransport(CONTROLLER, num_ranks, group, port, self.mailbox, self._channel)
         except BaseException:
             self._end(signal.SIGKILL)
+            self.close()
             raise
 
     def _wait_until_ready(self) -> None:
@@ -100,12 +121,18 @@ class ProcessLaunch:
         self._end(signal.SIGKILL)
         self.transport.close()
 
+    def close(self) -> None:
+        """Closes the channel."""
+        if self._channel:
+            self._channel.close()
+
     def _end(self, how: signal.Signals) -> None:
         for process in self._processes:
             if process.poll() is None:
                 process.send_signal(how)
         for process in self._processes:
             process.wait()
+            cuda.forget(process.pid)
             assert process.stdin
             with suppress(OSError):
                 process.stdin.close()
@@ -121,9 +148,12 @@ def main() -> None:
     rank, num_ranks = config["rank"], config["num_ranks"]
     sys.path[:] = config["path"]
     Thread(target=_exit_with_controller, daemon=True).start()
-    mailbox = Mailbox()
+    ways = {int(to): socket.socket(fileno=number) for to, number in config["ways"].items()}
+    channel = Channel(rank, socket.socket(fileno=config["receiving"]), ways) if ways else None
+    mailbox = Mailbox(inbox=channel)
     rpc.connect(config["port"]).set(f"ready/{rank}", b"")
-    transport = rpc.RpcTransport(rank, num_ranks, config["group"], config["port"], mailbox)
+    group, port, cuda_ipc = config["group"], config["port"], config["cuda_ipc"]
+    transport = rpc.RpcTransport(rank, num_ranks, group, port, mailbox, channel, cuda_ipc)
     worker = Worker(rank, mailbox, transport)
     _warm_up()
     beat = (transport, rank, worker.status, config["heartbeat_seconds"])
@@ -138,6 +168,7 @@ def _exit_with_controller() -> None:
         pass
     sys.stdout.flush()
     sys.stderr.flush()
+    cuda.forget(os.getpid())
     os._exit(0)
 
 

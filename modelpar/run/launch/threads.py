@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from threading import RLock, Thread
-from typing import Any
 
-from modelpar.run.transport import Mailbox, ThreadTransport
+from modelpar.run.transport import Mailbox, Routes, ThreadTransport
 from modelpar.run.worker import Closed, Worker
 
 
 class ThreadLaunch:
     """Starts one thread per rank."""
 
-    def __init__(self, num_ranks: int, controller: Mailbox):
+    def __init__(self, num_ranks: int, routes: Routes):
+        self.mailbox = Mailbox(routes)
         self._mailboxes = [Mailbox() for _ in range(num_ranks)]
-        self.transport = ThreadTransport(self._mailboxes, controller)
-        locks: dict[str, Any] = defaultdict(RLock)  # by device: ranks on one device share its generator
-        self._workers = [Worker(rank, box, self.transport, locks) for rank, box in enumerate(self._mailboxes)]
+        self.transport = ThreadTransport(self._mailboxes, self.mailbox)
+        lock = RLock()  # one for all devices: a layer on any of them may draw from the CPU's generator
+        self._workers = [Worker(rank, box, self.transport, lock) for rank, box in enumerate(self._mailboxes)]
         self._threads = [
             Thread(target=worker.serve, name=f"modelpar-rank{worker.rank}", daemon=True) for worker in self._workers
         ]
@@ -41,3 +40,6 @@ class ThreadLaunch:
         """Ends every thread at its next wait; one that computes goes on until its action is done."""
         for mailbox in self._mailboxes:
             mailbox.close(Closed())
+
+    def close(self) -> None:
+        """Does nothing: threads hold nothing."""
