@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import pairwise
-from statistics import fmean, quantiles
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -40,7 +40,7 @@ _WIDTH, _SAMPLES, _MICROBATCHES = 512, 64, 8
 """Of the busy pipeline."""
 SMALL = _WIDTH * _SAMPLES * 4
 """Bytes of its messages: 128 KB."""
-_STEPS, _IDLE_STEPS, _WARMUP_STEPS = 12, 8, 3
+_STEPS, _IDLE_STEPS, _WARMUP_STEPS = 24, 12, 3
 _SWEEP_SECONDS = 0.5
 
 
@@ -110,6 +110,7 @@ def _loss(output: Tensor, targets: Tensor) -> Tensor:
 def link_of(busy: Sequence[Timeline], profile: Profile, small: Sequence[Timeline], large: Sequence[Timeline]) -> Link:
     """Returns the link that explains timelines: of a busy pipeline with a layer of the profile per rank, whose messages
     have SMALL bytes, and of two with nothing to compute and messages of SMALL and of LARGE bytes."""
+    busy, small, large = map(_quieter, (busy, small, large))
     costs = map(_fixed_and_rate, _message(busy), _message(small), _message(large))
     (sending, send_bandwidth), (latency, bandwidth), (taking, take_bandwidth) = costs
     own = sum(layer.seconds for layer in profile.layers) / (2 * busy[0].num_ranks)
@@ -123,8 +124,8 @@ def link_of(busy: Sequence[Timeline], profile: Profile, small: Sequence[Timeline
         take_seconds=taking,
         take_bandwidth=take_bandwidth,
         action_seconds=max(0.0, _action(busy) - own),
-        data_seconds=max(0.0, _typical(firsts)),
-        end_seconds=max(0.0, _typical(reduces) - profile.layers[0].reduce_seconds),
+        data_seconds=max(0.0, fmean(firsts) - profile.layers[0].cold_seconds),
+        end_seconds=max(0.0, fmean(reduces) - profile.layers[0].reduce_seconds),
     )
 
 
@@ -135,21 +136,23 @@ def _fixed_and_rate(busy: float, small: float, large: float) -> tuple[float, flo
 
 
 def _action(timelines: Sequence[Timeline]) -> float:
-    """Returns the mean seconds of an action but the first: the mean over actions of what each typically takes."""
-    found: dict[tuple[int, str, int], list[float]] = {}
-    for timeline in timelines:
-        for span in timeline.spans:
-            if span.kind in COMPUTE and (span.rank, span.kind, span.microbatch) != (0, "F", 0):
-                found.setdefault((span.rank, span.kind, span.microbatch), []).append(span.seconds)
-    return fmean(_typical(seconds) for seconds in found.values())
+    """Returns the mean seconds of a forward and a backward; the first forward of a stage does not count."""
+    spans = [span for timeline in timelines for span in timeline.spans]
+    forward = fmean(span.seconds for span in spans if span.kind == "F" and span.microbatch > 0)
+    return (forward + fmean(span.seconds for span in spans if span.kind == "B")) / 2
 
 
 def _first(timeline: Timeline) -> float:
     """Returns how long rank 0 waits for the first micro-batch, and how much longer that one then takes it: the rest of
-    the batch arrives meanwhile, and its caches are cold."""
+    the batch arrives meanwhile."""
     waited = sum(span.seconds for span in timeline.of_rank(0) if span.kind == "data" and span.microbatch <= 0)
     forward = [span.seconds for span in timeline.of_rank(0) if span.kind == "F"]
-    return waited + (forward[0] - _typical(forward[1:]) if len(forward) > 1 else 0.0)
+    return waited + (forward[0] - fmean(forward[1:]) if len(forward) > 1 else 0.0)
+
+
+def _quieter(timelines: Sequence[Timeline]) -> list[Timeline]:
+    """Returns the shorter half of steps that should be equal: what made the others longer came from elsewhere."""
+    return sorted(timelines, key=lambda timeline: timeline.makespan)[: (len(timelines) + 1) // 2]
 
 
 class _Message(NamedTuple):
@@ -161,11 +164,11 @@ class _Message(NamedTuple):
 
 
 def _message(timelines: Sequence[Timeline]) -> _Message:
-    """Returns what messages between stages typically cost."""
+    """Returns the means over all messages between stages."""
     sends = [s.seconds for timeline in timelines for s in timeline.spans if s.kind == "send"]
     wires = [wire for timeline in timelines for wire in _wires(timeline)]
     takes = [gap for timeline in timelines for gap in _gaps(timeline)]
-    return _Message(*(max(0.0, _typical(found)) for found in (sends, wires, takes)))
+    return _Message(*(max(0.0, fmean(found)) if found else 0.0 for found in (sends, wires, takes)))
 
 
 def _wires(timeline: Timeline) -> Iterator[float]:
@@ -190,8 +193,3 @@ def _gaps(timeline: Timeline) -> Iterator[float]:
         for before, action in pairwise(timeline.of_rank(rank)):
             if action.kind in COMPUTE and (action.kind, action.stage) not in ends:
                 yield action.start - before.end
-
-
-def _typical(values: Sequence[float]) -> float:
-    """Returns the lower quartile: these are wall-clock times, which others on the machine can only make longer."""
-    return quantiles(values, n=4)[0] if len(values) > 1 else sum(values)

@@ -22,6 +22,9 @@ class Setting:
     devices: tuple[str, ...]
     num_threads: int
     transport: str
+    shared_memory: bool = True
+    cuda_ipc: bool = False
+    """As for `Workers`, all three."""
 
     @property
     def num_ranks(self) -> int:
@@ -33,7 +36,7 @@ class Setting:
         return {
             "devices": [_device_name(device) for device in self.devices],
             "num_threads": self.num_threads,
-            "transport": self.transport,
+            "transport": [self.transport, self.shared_memory, self.cuda_ipc],
             "cores": os.cpu_count(),
             "torch": torch.__version__,
             "code": _code_hash(("capture", "run")),

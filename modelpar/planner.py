@@ -46,6 +46,8 @@ def plan(
     optimizer: OptimizerFactory | None = None,
     max_norm: float | None = None,
     transport: str = "rpc",
+    shared_memory: bool = True,
+    cuda_ipc: bool = False,
     workers: Callable[[], Workers] | Workers | None = None,
 ) -> Plan:
     """Decides how to split, place and schedule an objective for batches like the example.
@@ -53,8 +55,8 @@ def plan(
     `profile` is "measured" (by the ranks, all busy at once; what this machine has measured before is not measured
     again), "anew" (measured again), "alone" (as measured before, or else timed in this process), "flops" (counted, free
     of noise), the path of a profile.json, or a Profile. Where it has to measure it starts ranks for a few seconds;
-    running `workers`, or a function that starts some, save that. With an `optimizer` and a `max_norm` a profile tells
-    what these cost.
+    running `workers`, or a function that starts some, save that. `transport`, `shared_memory` and `cuda_ipc` are those
+    of the workers. With an `optimizer` and a `max_norm` a profile tells what these cost.
     `link` overrides what a message is measured to cost. `num_threads` per rank is by default max(1, cores // ranks).
     `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
 
@@ -67,7 +69,7 @@ def plan(
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}; expected at least 1")
     num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
-    setting = Setting(place(num_ranks, devices), num_threads, transport)
+    setting = Setting(place(num_ranks, devices), num_threads, transport, shared_memory, cuda_ipc)
     order = schedule(num_ranks, num_microbatches)
     model = objective.build(seed)
     size = batch_size(example_batch[0], objective.batch_dim)
@@ -117,7 +119,8 @@ def _profile(
     if wanted == "alone":
         return swept_alone(subject, setting)
     if workers is None:
-        with Workers(setting.num_ranks, transport=setting.transport) as started:
+        how = {"shared_memory": setting.shared_memory, "cuda_ipc": setting.cuda_ipc}
+        with Workers(setting.num_ranks, transport=setting.transport, **how) as started:
             return measured_profile(subject, setting, started, anew=wanted == "anew")
     running = workers if isinstance(workers, Workers) else workers()
     return measured_profile(subject, setting, running, anew=wanted == "anew")

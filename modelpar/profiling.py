@@ -180,6 +180,7 @@ def _shared(layers: Sequence[LayerCost], times: UnitTimes) -> list[LayerCost]:
             forward_seconds=times.forward * share,
             input_grad_seconds=times.input_grad * share,
             weight_grad_seconds=times.weight_grad * share,
+            cold_seconds=times.cold * share,
             reduce_seconds=times.reduce * share,
             update_seconds=times.update * share,
             optimizer_bytes=int(times.optimizer_bytes * share),

@@ -56,6 +56,8 @@ class Task:
             optimizer=self.optimizer,
             max_norm=self.config.training.max_norm,
             transport=transport.kind,
+            shared_memory=transport.shared_memory,
+            cuda_ipc=transport.cuda_ipc,
             workers=workers,
         )
 

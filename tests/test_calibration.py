@@ -38,7 +38,7 @@ def timeline(num_ranks, num_microbatches, num_bytes, cost):
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_the_link_of_simulated_timelines_is_the_one_they_were_simulated_with(num_ranks):
-    busy = LayerCost("busy", 10.0, 6.0, 4.0, reduce_seconds=0.25, update_seconds=1.0)
+    busy = LayerCost("busy", 7.0, 6.0, 4.0, cold_seconds=0.5, reduce_seconds=0.25, update_seconds=1.0)
     idle = LayerCost("idle", 0.0, 0.0, 0.0, reduce_seconds=0.25, update_seconds=1.0)
     profile = Profile((busy,) * num_ranks, 1, "measured")
     small, large = ([timeline(num_ranks, 1, size, idle)] * 4 for size in (SMALL, LARGE))
@@ -52,7 +52,7 @@ def test_the_link_of_simulated_timelines_is_the_one_they_were_simulated_with(num
 
 
 def test_one_rank_sends_nothing():
-    busy = LayerCost("busy", 10.0, 6.0, 4.0, reduce_seconds=0.25, update_seconds=1.0)
+    busy = LayerCost("busy", 7.0, 6.0, 4.0, cold_seconds=0.5, reduce_seconds=0.25, update_seconds=1.0)
     steps = [timeline(1, 8, SMALL, busy)] * 4
     found = link_of(steps, Profile((busy,), 1, "measured"), steps, steps)
     assert found.hand_off(1e9) == 0.0

@@ -128,11 +128,12 @@ class Twice(nn.Linear):
         {"optimizer": ADAM},
         {"optimizer": partial(ADAM, amsgrad=True)},
         {"max_norm": 1.0},
+        {"shared_memory": False},
         {"model": blocks(width=9)},
         {"model": nn.Sequential(*list(blocks())[:-1], Twice(8, 3))},
         {"loss": lambda output, targets: F.cross_entropy(output, targets)},
     ],
-    ids=["samples", "threads", "optimizer", "setting", "clipping", "shapes", "class", "loss"],
+    ids=["samples", "threads", "optimizer", "setting", "clipping", "messages", "shapes", "class", "loss"],
 )
 def test_what_would_change_the_times_is_measured(measured, change):
     objective = Objective(change.pop("model", blocks()), change.pop("loss", F.cross_entropy))

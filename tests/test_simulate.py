@@ -162,6 +162,11 @@ def test_the_first_micro_batch_has_to_come() -> None:
     assert timeline.makespan == 2 + simulate(gpipe(2, 2), [StageCost(1, 1, 0)] * 2, graph, cluster(2)).makespan
 
 
+def test_the_first_forward_of_every_stage_is_colder() -> None:
+    timeline = simulate(gpipe(2, 2), [StageCost(1, 1, 0, cold_seconds=2)] * 2, StageGraph.chain(2), cluster(2))
+    assert picture(timeline) == "0F0 0F0 0F0 0F1                 0B0 0B1\n            1F0 1F0 1F0 1F1 1B0 1B1"
+
+
 def ended(graph: StageGraph, link: Link) -> Timeline:
     """Simulates one micro-batch on stages that reduce for 1 s and update for 10 s."""
     costs = [StageCost(1, 1, 0, reduce_seconds=1, update_seconds=10)] * graph.num_stages

@@ -36,6 +36,8 @@ class LayerCost:
     """What it makes and its backward or the next layer's may need: saved values and output, without its input."""
     temporary_bytes: int = 0
     """The most that its forward or its backward holds besides, gradients of parameters left out."""
+    cold_seconds: float = 0.0
+    """How much longer its first forward of a step takes: the optimizer has been through the caches."""
     reduce_seconds: float = 0.0
     """Per step: dividing its gradients, taking their norms, clipping them."""
     update_seconds: float = 0.0

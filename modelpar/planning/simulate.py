@@ -32,6 +32,8 @@ class StageCost:
     weight_grad_seconds: float
     reduce_seconds: float = 0.0
     update_seconds: float = 0.0
+    cold_seconds: float = 0.0
+    """How much longer the first forward of a step takes."""
 
     def seconds(self, op: Op) -> float:
         """Returns the seconds of an op; a full backward is input gradient plus weight gradient."""
@@ -60,6 +62,7 @@ def stage_costs(profile: Profile, partition: Partition) -> tuple[StageCost, ...]
                 sum(layer.weight_grad_seconds for layer in layers),
                 sum(layer.reduce_seconds for layer in layers),
                 sum(layer.update_seconds for layer in layers),
+                sum(layer.cold_seconds for layer in layers),
             )
         )
     return tuple(costs)
@@ -187,13 +190,18 @@ class _Flows:
     def of_rank(self, rank: int) -> Iterator[_Item]:
         """Yields a rank's actions, then what it does at the end of the step."""
         flows: dict[tuple[int, Op], _Flow] = {}
-        overhead = self._cluster.link.action_seconds
+        speed, overhead = self._cluster.speed(rank), self._cluster.link.action_seconds
         for stage, op, microbatch in self._schedule.actions(rank):
             if (stage, op) not in flows:
-                seconds = self._costs[stage].seconds(op) / self._cluster.speed(rank) + overhead
+                seconds = self._costs[stage].seconds(op) / speed + overhead
                 action = Action(stage, op, 0)
-                flows[stage, op] = self._flow(op.value, seconds, needs(self._graph, action), gives(self._graph, action))
-            yield flows[stage, op], stage, microbatch
+                flow = self._flow(op.value, seconds, needs(self._graph, action), gives(self._graph, action))
+                flows[stage, op] = flow
+                if op is Op.FORWARD:
+                    flow = flow._replace(seconds=seconds + self._costs[stage].cold_seconds / speed)
+                yield flow, stage, microbatch
+            else:
+                yield flows[stage, op], stage, microbatch
         if self._schedule.kind == "train" and any(cost.reduce_seconds or cost.update_seconds for cost in self._costs):
             yield from self._end(rank)
 

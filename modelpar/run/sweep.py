@@ -62,6 +62,8 @@ class UnitTimes(NamedTuple):
     forward: float
     input_grad: float
     weight_grad: float
+    cold: float
+    """How much longer the first forward of a step takes."""
     reduce: float
     update: float
     optimizer_bytes: int
@@ -102,13 +104,14 @@ def sweep(
     found = [_typical([step[unit] for step in rounds[_WARMUP_ROUNDS:]]) for unit in range(len(programs))]
     nothing = found.pop()
     times = []
-    for unit, (forward, backward, reduce, update) in enumerate(found):
+    for unit, (forward, backward, cold, reduce, update) in enumerate(found):
         own, share = max(0.0, backward - nothing.backward), shares[unit]
         times.append(
             UnitTimes(
                 forward=max(0.0, forward - nothing.forward),
                 input_grad=own * share,
                 weight_grad=own * (1 - share),
+                cold=max(0.0, cold - nothing.cold),
                 reduce=reduce,
                 update=update,
                 optimizer_bytes=runs.optimizer_bytes(unit),
@@ -129,15 +132,19 @@ class _Step(NamedTuple):
 class _Typical(NamedTuple):
     forward: float
     backward: float
+    cold: float
     reduce: float
     update: float
 
 
 def _typical(steps: list[_Step]) -> _Typical:
-    """Returns the mean over micro-batches of the median over steps: the first one after an update is slower."""
+    """Returns the mean over micro-batches of the median over steps; the first forward after an update is set apart."""
+    first, *others = (median(times) for times in zip(*(step.forward for step in steps), strict=True))
+    forward = fmean(others or [first])
     return _Typical(
-        fmean(median(times) for times in zip(*(step.forward for step in steps), strict=True)),
+        forward,
         fmean(median(times) for times in zip(*(step.backward for step in steps), strict=True)),
+        first - forward,
         median(step.reduce for step in steps),
         median(step.update for step in steps),
     )
