@@ -63,9 +63,10 @@ def keep_freed_memory() -> None:
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):
             library = ctypes.CDLL(None)
-            library.mallopt(_M_MMAP_THRESHOLD, 1 << 30)
-            library.mallopt(_M_TRIM_THRESHOLD, -1)
-            library.mallopt(_M_TOP_PAD, 64 << 20)
+            # Older C libraries take no more than 32 MB. Without this one the others would make things worse.
+            if any(library.mallopt(_M_MMAP_THRESHOLD, size) for size in (1 << 30, 1 << 25)):
+                library.mallopt(_M_TRIM_THRESHOLD, -1)
+                library.mallopt(_M_TOP_PAD, 64 << 20)
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
