@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -80,7 +81,8 @@ class Worker:
         except Closed:
             return False
         except BaseException as error:
-            self._transport.send(CONTROLLER, ("failure", self.rank), self._describe(error))
+            with suppress(Unreachable):  # the controller is gone, and soon this process
+                self._transport.send(CONTROLLER, ("failure", self.rank), self._describe(error))
             return False
 
     def status(self) -> str:
