@@ -1,5 +1,6 @@
 """Workers shared by the whole session, and fresh Python processes for what kills its own."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from modelpar.run.workers import Workers
 ROOT = Path(__file__).parent.parent
 
 torch.set_num_threads(1)
+# a test's TensorBoard goes on reading in a thread; what it says of that would be in what later commands print
+logging.getLogger("tensorboard").setLevel(logging.WARNING)
 
 
 @pytest.fixture(scope="session", autouse=True)
