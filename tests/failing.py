@@ -41,6 +41,14 @@ def exists(pid):
     return Path(f"/proc/{pid}").exists()
 
 
+def runs(pid):
+    """Tells whether a process has not ended; one that only waits to be reaped has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:  # reaped, perhaps while it was being read
+        return False
+
+
 def attempt(name, act, **options):
     """Fails in the third step of a stream, and reports what the user got and what was left."""
     objective, good, bad = task(act)
