@@ -17,7 +17,6 @@ from torch import nn
 from modelpar.capture.cut import StageProgram, cut_stage
 from modelpar.capture.objective import Batch, Objective
 from modelpar.capture.profiler import Count
-from modelpar.errors import CaptureError
 from modelpar.machine import Setting
 from modelpar.planning.cluster import Cluster
 from modelpar.planning.graph import ModelGraph
@@ -96,10 +95,10 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         seconds=seconds,
     )
     with torch.random.fork_rng(devices=[]):  # ranks that are threads draw from this process's generator
-        setup = _ship("the optimizer", work)
+        setup = wire.ship_as("the optimizer", work)
         tickets = []
         for rank, device in enumerate(setting.devices):  # ranks that are threads must not share what they are sent
-            parcels = [_ship(f"stage {program.stage}", program) for program in programs]
+            parcels = [wire.ship_as(f"stage {program.stage}", program) for program in programs]
             tickets.append(workers.command(rank, "sweep", setup=setup, programs=parcels, device=device))
         results: list[SweepResult] = workers.wait_replies(tickets)
     times = {
@@ -156,13 +155,6 @@ def _nothing() -> StageProgram:
     """Returns a stage that does nothing."""
     module = nn.Sequential(OrderedDict(nothing=nn.Identity()))
     return StageProgram(-1, module, "inputs", "nothing", False, False, (), {}, ())
-
-
-def _ship(what: str, obj: Any) -> wire.Parcel:
-    try:
-        return wire.ship(obj)
-    except CaptureError as error:
-        raise CaptureError(f"{what} {error}") from error
 
 
 def _mean(times: Sequence[UnitTimes]) -> UnitTimes:

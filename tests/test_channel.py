@@ -17,9 +17,9 @@ from views import views
 
 from modelpar.planning.schedule import ValueKey
 from modelpar.run.channel import INLINE_BYTES, Channel, pair
+from modelpar.run.layout import ALIGNMENT
 from modelpar.run.pool import Pool, slot_size
 from modelpar.run.transport import Mailbox, Unreachable
-from modelpar.run.wire import ALIGNMENT
 
 LARGE = INLINE_BYTES  # as many floats take four times as many bytes
 

@@ -11,6 +11,7 @@ from views import views
 
 from modelpar.errors import CaptureError
 from modelpar.run import wire
+from modelpar.run.layout import ALIGNMENT
 
 CPU = torch.device("cpu")
 
@@ -30,7 +31,7 @@ def test_any_view_arrives_with_its_values_and_strides(tensor):
     assert found.stride() == tensor.stride()
     assert torch.equal(found, tensor)
     span = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
-    assert packed.window.untyped_storage().nbytes() < span * tensor.element_size() + wire.ALIGNMENT
+    assert packed.window.untyped_storage().nbytes() < span * tensor.element_size() + ALIGNMENT
 
 
 @pytest.mark.parametrize("offset", range(20))
@@ -38,9 +39,9 @@ def test_a_tensor_keeps_its_place_in_a_vector(offset):
     base = torch.randn(100)
     tensor = base[offset : offset + 60].view(10, 6)
     for found in (echo(tensor), wire.receive(wire.ship(tensor))):
-        assert found.data_ptr() % wire.ALIGNMENT == tensor.data_ptr() % wire.ALIGNMENT
+        assert found.data_ptr() % ALIGNMENT == tensor.data_ptr() % ALIGNMENT
         assert torch.equal(found, tensor)
-        assert found.untyped_storage().nbytes() < 60 * 4 + wire.ALIGNMENT
+        assert found.untyped_storage().nbytes() < 60 * 4 + ALIGNMENT
         linear = nn.Linear(6, 8)
         assert torch.equal(linear(found), linear(tensor))  # for which this is needed
 

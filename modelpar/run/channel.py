@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from modelpar.run import wire
+from modelpar.run.layout import ALIGNMENT
 from modelpar.run.pool import Bytes, Pool, Slot, Views
 from modelpar.run.transport import Key, Unreachable
 
@@ -96,7 +97,7 @@ class Channel:
         data, windows = wire.dumps((key, value))
         bounds, end = [], 0
         for window in windows:
-            begin = -(-end // wire.ALIGNMENT) * wire.ALIGNMENT
+            begin = -(-end // ALIGNMENT) * ALIGNMENT
             end = begin + window.nbytes
             bounds.append((begin, end))
         slot, memory = (None, np.empty(end, np.uint8)) if end <= INLINE_BYTES else self._take(end)
@@ -136,8 +137,10 @@ class Channel:
             slots.append(slot)
         new = list({slot.slab for slot in slots} - self._known[to])
         self._known[to].update(new)
-        descriptors = array.array("i", [self._pool.descriptor(slab) for slab in new])
-        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors)] if new else []
+        rights = []
+        if new:
+            descriptors = array.array("i", [self._pool.descriptor(slab) for slab in new])
+            rights.append((socket.SOL_SOCKET, socket.SCM_RIGHTS, descriptors))
         self._put(to, [_HEAD.pack(self._number, long, *[*new, -1, -1][:2]), message], rights)
 
     def _put(self, to: int, datagram: list[bytes], rights: list[Any]) -> None:

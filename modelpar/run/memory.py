@@ -58,7 +58,8 @@ def keep_freed_memory() -> None:
     """Makes the C library keep what is freed for what comes next, in a process that serves one rank.
 
     Otherwise it gives large blocks back to the kernel after every layer, and gets them again, page by page: in a
-    convolutional network that was half of all forward time. The peak grows little, since it is reached in every step.
+    convolutional network that was half of all forward time. The peak grew by up to 15 % there, and doubled at most
+    where tensors had more than 32 MB: freed blocks that large do not always fit what comes next.
     """
     if sys.platform == "linux":
         with suppress(AttributeError, OSError):

@@ -24,7 +24,7 @@ from modelpar.capture.objective import (
     microbatch_sizes,
     split_batch,
 )
-from modelpar.errors import CaptureError, ConfigError, ModelparError, NonFiniteLoss, RunError
+from modelpar.errors import ConfigError, ModelparError, NonFiniteLoss, RunError
 from modelpar.planning.graph import BATCH
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
@@ -114,7 +114,7 @@ class Pipeline:
             self._number = self._workers.next_number()
             of_model = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
             what = "the plan, the optimizer or the learning-rate schedule"
-            setup = _ship(what, (self._plan, self._settings, Numerics.current()), of_model)
+            setup = wire.ship_as(what, (self._plan, self._settings, Numerics.current()), of_model)
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
@@ -319,7 +319,7 @@ class Pipeline:
         what = f"stage {stage} ({names[0]} … {names[-1]})"
         program = cut_stage(model, self._objective.loss, self._plan, stage)
         own = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
-        return _ship(what, program, {number: name for number, name in of_model.items() if number not in own})
+        return wire.ship_as(what, program, {number: name for number, name in of_model.items() if number not in own})
 
     def _need_workers(self) -> Workers:
         if self._workers is None:
@@ -333,13 +333,6 @@ class Pipeline:
         self._need_workers()
         tickets = [self._command(rank, name, **arguments) for rank in range(self._plan.num_ranks)]
         return self._need_workers().wait_replies(tickets)
-
-
-def _ship(what: str, obj: Any, foreign: dict[int, str] | None = None) -> wire.Parcel:
-    try:
-        return wire.ship(obj, foreign)
-    except CaptureError as error:
-        raise CaptureError(f"{what} {error}") from error
 
 
 def _checked(batch: Any) -> Batch:

@@ -114,7 +114,7 @@ class Views:
 
 
 def slot_size(num_bytes: int) -> int:
-    """Returns how large a slot for so many bytes is: in whole pages, and in steps of at most a fifth."""
+    """Returns how large a slot for so many bytes is: in whole pages, and in steps of at most a quarter."""
     step = max(_PAGE, (1 << max(0, num_bytes - 1).bit_length()) // 8)
     return max(1, -(-num_bytes // step)) * step
 

@@ -28,7 +28,7 @@ from modelpar.capture.objective import loss_of
 from modelpar.run import wire
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
-from modelpar.run.update import OptimizerFactory
+from modelpar.run.update import OptimizerFactory, gradient_norms
 
 IN_FLIGHT = 2
 """How many micro-batches are alive at once."""
@@ -163,7 +163,7 @@ class _Runs:
     ):
         self._work, self._clock = work, clock
         self._runners = [StageRunner(program, 0, device, lock) for program in programs]
-        self._batch = _on(work.microbatch, device)
+        self._batch = wire.unpack(work.microbatch, device)
         self._context = RunContext("train", 0, (work.num_samples,) * work.num_microbatches)
         self._owned = [list(program.owned_parameters().items()) for program in programs]
         self._optimizers = [_optimizer(work.optimizer, named) for named in self._owned]
@@ -208,15 +208,14 @@ class _Runs:
     def _end(self, unit: int) -> tuple[float, float]:
         """Ends a step as `Update` does, without the other ranks; returns the seconds of reducing and of updating."""
         optimizer, count = self._optimizers[unit], float(self._work.num_samples)
-        gradients = [parameter for _, parameter in self._owned[unit] if parameter.grad is not None]
+        gradients = {name: parameter for name, parameter in self._owned[unit] if parameter.grad is not None}
         start = self._clock()
-        norms = []
-        for parameter in gradients:
+        for parameter in gradients.values():
             parameter.grad.div_(count)
-            norms.append(torch.linalg.vector_norm(parameter.grad))
+        norms = gradient_norms({name: parameter.grad for name, parameter in gradients.items()})
         if self._work.max_norm is not None and gradients:
-            norm = torch.linalg.vector_norm(torch.stack(norms))
-            nn.utils.clip_grads_with_norm_(gradients, self._work.max_norm, norm)
+            norm = torch.linalg.vector_norm(torch.stack([*norms.values()]))
+            nn.utils.clip_grads_with_norm_(list(gradients.values()), self._work.max_norm, norm)
         reduced = self._clock()
         if optimizer:
             optimizer.step()
@@ -240,7 +239,7 @@ def _input_shares(
     work: SweepWork, programs: Sequence[StageProgram], device: torch.device, clock: Callable[[], float]
 ) -> list[float]:
     """Returns, per program, which share of its backward the gradients of its inputs take when asked for alone."""
-    batch = _on(work.microbatch, device)
+    batch = wire.unpack(work.microbatch, device)
     outputs: list[Any] = []
     shares = []
     for program, source in zip(programs, work.sources, strict=True):
@@ -271,10 +270,6 @@ def _values(program: StageProgram, batch: dict[str, Any], output: Any) -> dict[s
     """Returns what a program takes: the batch's values, and another program's output as a leaf of a new graph."""
     value = batch["inputs"] if program.source == "inputs" else wire.detach(output)
     return {program.source: value, **({} if program.result else {"targets": batch["targets"]})}
-
-
-def _on(tree: Any, device: torch.device) -> Any:
-    return pytree.tree_map_only(Tensor, lambda t: t.to(device), tree)
 
 
 def _clock(device: torch.device, num_threads: int) -> Callable[[], float]:

@@ -83,7 +83,7 @@ def _make(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> t
         raise
 
 
-def _norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
+def gradient_norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels."""
     found: dict[str, Tensor] = {}
     on_cuda: defaultdict[torch.dtype, list[str]] = defaultdict(list)
@@ -125,7 +125,7 @@ class Update:
         gradients = {n: p for owned in self._owned.values() for n, p in owned.items() if p.grad is not None}
         for parameter in gradients.values():
             parameter.grad.div_(self._count)
-        norm = self._norm(_norms({name: p.grad for name, p in gradients.items() if p.grad is not None}))
+        norm = self._norm(gradient_norms({name: p.grad for name, p in gradients.items() if p.grad is not None}))
         if self._max_norm is not None and gradients:
             assert norm is not None
             nn.utils.clip_grads_with_norm_(list(gradients.values()), self._max_norm, norm)

@@ -19,7 +19,6 @@ from torch.utils import _pytree as pytree
 from modelpar.errors import CaptureError
 from modelpar.run import layout
 from modelpar.run.cuda import HandedOver, Shared
-from modelpar.run.layout import ALIGNMENT as ALIGNMENT
 
 
 @dataclass(slots=True)
@@ -30,7 +29,7 @@ class _Packed:
     shape: tuple[int, ...]
     stride: tuple[int, ...]
     offset: int
-    """Where in the window the tensor begins, less than ALIGNMENT bytes."""
+    """Where in the window the tensor begins, less than layout.ALIGNMENT bytes."""
     requires_grad: bool
 
 
@@ -62,12 +61,12 @@ def dumps(obj: Any) -> tuple[bytes, list[NDArray[np.uint8]]]:
 
 
 def loads(data: bytes | memoryview, windows: Sequence[NDArray[np.uint8]]) -> Any:
-    """Returns the object; its tensors lie in the memory given, which must begin at multiples of ALIGNMENT."""
+    """Returns the object; its tensors lie in the memory given, which must begin at multiples of layout.ALIGNMENT."""
     return pickle.loads(data, buffers=windows)
 
 
 def aligned(data: bytes) -> NDArray[np.uint8]:
-    """Returns bytes in writable memory that begins at a multiple of ALIGNMENT."""
+    """Returns bytes in writable memory that begins at a multiple of layout.ALIGNMENT."""
     memory: NDArray[np.uint8] = torch.empty(len(data), dtype=torch.uint8).numpy()
     memory[:] = np.frombuffer(data, np.uint8)
     return memory
@@ -203,6 +202,14 @@ def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
             "share a tensor to hold it as an attribute of each, or to be on one stage"
         )
     return Parcel(file.getvalue(), [_exact(tensor) for tensor in pickler.tensors])
+
+
+def ship_as(what: str, obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
+    """Packs an object as `ship` does; its errors begin with what it is."""
+    try:
+        return ship(obj, foreign)
+    except CaptureError as error:
+        raise CaptureError(f"{what} {error}") from error
 
 
 def copy(tree: Any) -> Any:

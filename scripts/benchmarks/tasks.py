@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpar import Objective, plan, schedules
+from modelpar.calibration import Sink
 from modelpar.models import gpt as gpt_model
 from modelpar.models import mlp as mlp_model
 from modelpar.planning import partitioners
@@ -102,14 +103,6 @@ class Source(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Maps (batch, 1) to (batch, numel) in new memory."""
         return (x * self.weight).expand(-1, self.numel).clone()
-
-
-class Sink(nn.Module):
-    """Takes the first number of each sample; its gradient is as large as what it got."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps (batch, numel) to (batch, 1)."""
-        return x[:, :1]
 
 
 def hand_off(num_bytes: int) -> Built:
