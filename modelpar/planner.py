@@ -80,7 +80,8 @@ def plan(
     subject = Subject(objective, graph, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
 
     def decided(profile: Profile) -> Plan:
-        cluster = Cluster(setting.devices, link=link or profile.link or UNMEASURED_LINKS[transport])
+        link_between = link or profile.link or UNMEASURED_LINKS[transport]
+        cluster = Cluster(setting.devices, (), link_between, transport, shared_memory, cuda_ipc)
         return Plan(
             graph=graph,
             profile=profile,

@@ -13,7 +13,7 @@ from typing import NamedTuple
 SCRIPTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
 
-from benchmarks import actions, markdown, prediction, processes, recording, startup, steps, transport  # noqa: E402
+from benchmarks import actions, compute, markdown, prediction, processes, recording, startup, steps, transport  # noqa: E402
 from benchmarks.hosts import HostError  # noqa: E402
 from benchmarks.options import Options  # noqa: E402
 
@@ -27,6 +27,7 @@ class Section(NamedTuple):
 
 SECTIONS = {
     "steps": Section("Step time", steps.run),
+    "compute": Section("Compute, alone and in the pipeline", compute.run),
     "actions": Section("Overhead per action", actions.run),
     "transport": Section("Transport", transport.run),
     "startup": Section("Command to first step", startup.run),
@@ -35,7 +36,7 @@ SECTIONS = {
     "prediction": Section("Prediction", prediction.run),
 }
 
-NOT_QUICK = ("processes", "recording")
+NOT_QUICK = ("compute", "processes", "recording")
 """Sections that cannot be shortened: --quick leaves them out unless --only names them."""
 
 

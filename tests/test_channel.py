@@ -15,8 +15,9 @@ from threaded import in_thread
 from torch import nn
 from views import views
 
+from modelpar.planning.edges import INLINE_BYTES
 from modelpar.planning.schedule import ValueKey
-from modelpar.run.channel import INLINE_BYTES, Channel, pair
+from modelpar.run.channel import Channel, pair
 from modelpar.run.layout import ALIGNMENT
 from modelpar.run.pool import Pool, slot_size
 from modelpar.run.transport import Mailbox, Unreachable

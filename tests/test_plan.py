@@ -88,6 +88,26 @@ def test_a_person_can_read_it():
     assert data["partition"]["balance"] == [1, 2]
 
 
+def test_it_says_how_each_value_travels():
+    values = tuple(replace(value, bytes_per_sample=4096.0) if value.name == "h0" else value for value in GRAPH.values)
+    plan = replace(make(), graph=replace(GRAPH, values=values))
+    edge = {"value": "h0", "producer": 0, "consumer": 1, "num_bytes": 8192}
+    for cluster, carrier in [
+        (plan.cluster, "shared memory"),
+        (replace(plan.cluster, shared_memory=False), "message"),
+        (replace(plan.cluster, transport="threads"), "memory"),
+        (replace(plan.cluster, cuda_ipc=True, devices=("cuda:0", "cpu")), "cuda ipc"),
+        (replace(plan.cluster, cuda_ipc=True), "shared memory"),
+    ]:
+        data = replace(plan, cluster=cluster).to_json()
+        assert data["edges"] == [{**edge, "carrier": carrier}]
+        assert Plan.from_json(data).cluster == cluster
+    assert make().to_json()["edges"] == [{**edge, "num_bytes": 32, "carrier": "datagram"}]
+    both_on_one = Schedule.of(["0F0 1F0 1B0 0B0"])
+    alone = replace(plan, schedule=both_on_one, cluster=Cluster(("cpu",)))
+    assert [each.carrier for each in alone.edges] == ["memory"]
+
+
 def test_a_partial_keeps_its_arguments():
     plan = make(partial(forwards_first, swap=True))
     assert plan.to_json()["schedule"] == {"generator": f"{__name__}:forwards_first", "arguments": {"swap": True}}

@@ -24,6 +24,7 @@ from modelpar.run.worker import Worker
 from modelpar.run.workers import Workers
 
 WIDTH, SAMPLES, MICROBATCHES = 512, 32, 8  # 8 KB per value and micro-batch: in shared memory
+NARROW = 64  # 1 KB: in the datagram
 
 
 class ByChannel:
@@ -93,16 +94,17 @@ def traffic(monkeypatch):
     return counts
 
 
-def objective_and_batch():
+def objective_and_batch(width=WIDTH):
     torch.manual_seed(0)
-    model = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(4)))
-    batch = torch.randn(SAMPLES, WIDTH), torch.randint(WIDTH, (SAMPLES,))
+    model = nn.Sequential(*(nn.Linear(width, width) for _ in range(4)))
+    batch = torch.randn(SAMPLES, width), torch.randint(width, (SAMPLES,))
     return Objective(model, F.cross_entropy), batch
 
 
 @pytest.mark.parametrize("schedule", [schedules.gpipe, schedules.one_f_one_b])
-def test_a_steady_step_sends_one_datagram_per_value_and_takes_no_new_memory(traffic, schedule):
-    objective, batch = objective_and_batch()
+@pytest.mark.parametrize(("width", "carrier"), [(WIDTH, "shared memory"), (NARROW, "datagram")])
+def test_a_steady_step_sends_one_datagram_per_value_and_takes_no_new_memory(traffic, schedule, width, carrier):
+    objective, batch = objective_and_batch(width)
     plan = make_plan(objective, batch, num_ranks=2, num_microbatches=MICROBATCHES, schedule=schedule)
     with (
         Workers(2, transport="threads") as workers,
@@ -128,9 +130,10 @@ def test_a_steady_step_sends_one_datagram_per_value_and_takes_no_new_memory(traf
     fed = 2 * MICROBATCHES  # inputs to the first stage, targets to the last
     commands = replies = 2
     assert len(sent) == steps * (len(values) + fed + commands + replies)
+    assert [edge.carrier for edge in plan.edges] == [carrier]
     large = sum(key.kind in ("value", "grad") and BATCH not in (key.source, key.target) for key in values)
-    inputs = MICROBATCHES
-    assert traffic["slots"] == steps * (large + inputs)  # one copy each; targets, norms and counts are in the datagram
+    slots = large + MICROBATCHES if carrier == "shared memory" else 0  # inputs, too, are as large as values
+    assert traffic["slots"] == steps * slots  # one copy each; targets, norms and counts are in the datagram
     assert traffic["descriptors"] == 0
     assert len(sent) <= traffic["datagrams"] <= len(sent) + steps * 5  # the rest says which slots are free again
 

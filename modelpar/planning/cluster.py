@@ -71,6 +71,11 @@ class Cluster:
     speeds: tuple[float, ...] = ()
     """Relative speed of each rank's device; empty means all 1. A stage takes its profiled seconds / speed."""
     link: Link = Link()
+    transport: str = "rpc"
+    shared_memory: bool = True
+    cuda_ipc: bool = False
+    """How values travel between the ranks, all three as for `Workers`. Other workers run the plan too, with the same
+    numbers; values then travel as those do it."""
 
     @property
     def num_ranks(self) -> int:
@@ -83,9 +88,10 @@ class Cluster:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json."""
-        return {"devices": list(self.devices), "speeds": list(self.speeds), "link": self.link.to_json()}
+        return {**asdict(self), "link": self.link.to_json()}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cluster:
         """Reads what `to_json` wrote."""
-        return cls(tuple(data["devices"]), tuple(data["speeds"]), Link.from_json(data["link"]))
+        lists = {name: tuple(data[name]) for name in ("devices", "speeds")}
+        return cls(**{**data, **lists, "link": Link.from_json(data["link"])})

@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from modelpar.errors import PlanError, PlanMismatch
 from modelpar.planning.cluster import Cluster
+from modelpar.planning.edges import Edge, edges
 from modelpar.planning.graph import ModelGraph, StageGraph
 from modelpar.planning.partition import Partition
 from modelpar.planning.profile import Profile
@@ -84,6 +85,11 @@ class Plan:
         """The values between the stages."""
         return self.graph.stages(self.partition.bounds, self.tied == "exact")
 
+    @property
+    def edges(self) -> tuple[Edge, ...]:
+        """How each value travels between stages."""
+        return edges(self.stage_graph, self.schedule.stage_to_rank, self.cluster, self.profile.microbatch_size)
+
     def schedule_for(self, num_microbatches: int) -> Schedule:
         """Returns the schedule for a batch with that many micro-batches."""
         if num_microbatches == self.num_microbatches:
@@ -138,6 +144,7 @@ class Plan:
                 }
                 for stage, rank in enumerate(self.schedule.stage_to_rank)
             ],
+            "edges": [asdict(edge) for edge in self.edges],
             "schedule": named if named else {"kind": self.schedule.kind, "ranks": self.schedule.lines()},
             "prediction": None if self.prediction is None else vars(self.prediction),
             "cluster": self.cluster.to_json(),

@@ -25,13 +25,12 @@ from typing import Any
 
 import numpy as np
 
+from modelpar.planning.edges import in_datagram
 from modelpar.run import wire
 from modelpar.run.layout import ALIGNMENT
 from modelpar.run.pool import Bytes, Pool, Slot, Views
 from modelpar.run.transport import Key, Unreachable
 
-INLINE_BYTES = 2048
-"""Up to how many bytes of tensors travel in the datagram itself."""
 _MOST_BYTES = 32 * 1024
 """The longest message that travels in a datagram."""
 _MOST_RELEASED = 512
@@ -100,7 +99,7 @@ class Channel:
             begin = -(-end // ALIGNMENT) * ALIGNMENT
             end = begin + window.nbytes
             bounds.append((begin, end))
-        slot, memory = (None, np.empty(end, np.uint8)) if end <= INLINE_BYTES else self._take(end)
+        slot, memory = (None, np.empty(end, np.uint8)) if in_datagram(end) else self._take(end)
         for (begin, stop), window in zip(bounds, windows, strict=True):
             memory[begin:stop] = window
         self._post(to, data, bounds, slot or memory.tobytes())
