@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modelpar.capture import profiler, sequential
+from modelpar.capture import profiler
+from modelpar.capture.capture import capture
 from modelpar.capture.objective import Objective
 from modelpar.machine import Setting
 from modelpar.planning.cluster import Cluster, Link
@@ -85,13 +86,13 @@ def _run(
     batch = inputs, torch.zeros(len(inputs), 1)
     objective, num_ranks = Objective(model, _loss), setting.num_ranks
     microbatch = tuple(part[: len(inputs) // num_microbatches] for part in batch)
-    graph = sequential.capture(objective, microbatch, model)
-    count = profiler.count(objective, graph, microbatch, model)
+    captured = capture(objective, microbatch, model, num_ranks=num_ranks)
+    count = profiler.count(objective, captured, microbatch, model)
     optimizer = partial(torch.optim.SGD, lr=0.0)
-    subject = Subject(objective, graph, model, microbatch, count, num_microbatches, optimizer)
+    subject = Subject(objective, captured, model, microbatch, count, num_microbatches, optimizer)
     profile = swept(subject, setting, workers, _SWEEP_SECONDS) if num_microbatches > 1 else count.profile
     plan = Plan(
-        graph=graph,
+        graph=captured.graph,
         profile=profile,
         cluster=Cluster(setting.devices),
         partition=Partition((*range(num_ranks), len(model))),

@@ -76,3 +76,11 @@ class WorkerLost(RunError):
 
 class StepTimeout(RunError):
     """Reports a step that took longer than allowed, with what every rank was waiting for."""
+
+
+def describe(error: BaseException) -> str:
+    """Returns an exception as "Type: message"; one that cannot say what it is, by its type alone."""
+    try:
+        return f"{type(error).__name__}: {error}"
+    except Exception as second:
+        return f"{type(error).__name__}, which could not be described ({type(second).__name__})"

@@ -11,8 +11,10 @@ import torch
 
 from modelpar import cache
 from modelpar.calibration import calibrate
-from modelpar.capture import profiler, sequential
+from modelpar.capture import profiler
+from modelpar.capture.capture import capture
 from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
+from modelpar.capture.survey import Grain
 from modelpar.errors import ConfigError
 from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
@@ -49,6 +51,9 @@ def plan(
     shared_memory: bool = True,
     cuda_ipc: bool = False,
     workers: Callable[[], Workers] | Workers | None = None,
+    leaf: Sequence[str] = (),
+    split_before: Sequence[str] = (),
+    keep_together: Sequence[str] = (),
 ) -> Plan:
     """Decides how to split, place and schedule an objective for batches like the example.
 
@@ -59,6 +64,8 @@ def plan(
     of the workers. With an `optimizer` and a `max_norm` a profile tells what these cost.
     `link` overrides what a message is measured to cost. `num_threads` per rank is by default max(1, cores // ranks).
     `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
+    `leaf`, `split_before` and `keep_together` say how finely the model may be cut, see `Grain`: by FQN, pattern of FQNs
+    ("h.*") or class name.
 
     Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work, before it starts anything.
     """
@@ -75,9 +82,11 @@ def plan(
     size = batch_size(example_batch[0], objective.batch_dim)
     sizes = microbatch_sizes(size, num_microbatches)
     inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
-    graph = sequential.capture(objective, (inputs, targets), model)
-    count = profiler.count(objective, graph, (inputs, targets), model)
-    subject = Subject(objective, graph, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
+    grain = Grain(tuple(leaf), tuple(split_before), tuple(keep_together))
+    captured = capture(objective, (inputs, targets), model, num_ranks=num_ranks, grain=grain)
+    graph = captured.graph
+    count = profiler.count(objective, captured, (inputs, targets), model)
+    subject = Subject(objective, captured, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
 
     def decided(profile: Profile) -> Plan:
         link_between = link or profile.link or UNMEASURED_LINKS[transport]
@@ -91,6 +100,7 @@ def plan(
             generator=schedule,
             num_threads=num_threads,
             tied=tied,
+            captured=(objective.model, captured.recording),
         )
 
     decided(count.profile)  # finds out what cannot work, before anything is started

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,17 +13,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from modelpar.capture.cut import StageProgram, cut_stage
+from modelpar.capture.capture import Captured, leaf_names
+from modelpar.capture.cut import Routine, StageProgram, cut_routine, cut_stage
+from modelpar.capture.graph import Layers
 from modelpar.capture.objective import Batch, Objective
 from modelpar.capture.profiler import Count
+from modelpar.capture.recording import Ref
 from modelpar.machine import Setting
-from modelpar.planning.cluster import Cluster
-from modelpar.planning.graph import ModelGraph
+from modelpar.planning.graph import BATCH, ModelGraph
 from modelpar.planning.memory import activation_bytes
-from modelpar.planning.partition import Partition
-from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
-from modelpar.planning.schedule import Action, Op, Schedule
 from modelpar.run import wire
 from modelpar.run.sweep import IN_FLIGHT, SweepResult, SweepWork, UnitTimes
 from modelpar.run.update import OptimizerFactory
@@ -42,13 +40,18 @@ class Subject:
     """What is to be timed: a model, counted on a micro-batch, and how it trains."""
 
     objective: Objective
-    graph: ModelGraph
+    captured: Captured
     model: nn.Module
     microbatch: Batch
     count: Count
     num_microbatches: int
     optimizer: OptimizerFactory | None = None
     max_norm: float | None = None
+
+    @property
+    def graph(self) -> ModelGraph:
+        """The model's graph."""
+        return self.captured.graph
 
     @property
     def runs(self) -> tuple[range, ...]:
@@ -77,16 +80,12 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
     """
     runs = subject.runs
     keys = [tuple(subject.count.keys[i] for i in run) for run in runs]
-    chosen = [position for position, key in enumerate(keys) if keys[:position].count(key) < _MOST_EQUAL]
-    last = {keys[position]: unit for unit, position in enumerate(chosen)}
-    sources = [
-        unit - 1 if position - 1 in chosen else last[keys[position - 1]] if position else -1
-        for unit, position in enumerate(chosen)
-    ]
-    programs = [*_programs(subject, chosen), _nothing()]
+    routines = _routines(subject)
+    chosen, sources = _choose(subject, keys, routines)
+    programs = [*(_program(subject, routines, position) for position in chosen), _nothing()]
     work = SweepWork(
-        sources=(*sources, -1),
-        microbatch=dict(zip(("inputs", "targets"), subject.microbatch, strict=True)),
+        sources=(*sources, {"inputs": (-1, next(iter(leaf_names(*subject.microbatch))))}),
+        microbatch=dict(leaf_names(*subject.microbatch)),
         num_samples=subject.count.profile.microbatch_size,
         num_microbatches=min(subject.num_microbatches, _MOST_MICROBATCHES),
         num_threads=setting.num_threads,
@@ -105,7 +104,7 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         key: _mean(
             [result.times[u] for result in results for u, position in enumerate(chosen) if keys[position] == key]
         )
-        for key in last
+        for key in dict.fromkeys(keys)
     }
     layers: list[LayerCost] = []
     for run, key in zip(runs, keys, strict=True):
@@ -136,25 +135,60 @@ def swept_alone(subject: Subject, setting: Setting) -> Profile:
         return swept(subject, replace(setting, devices=setting.devices[:1], transport="threads"), workers)
 
 
-def _programs(subject: Subject, positions: Sequence[int]) -> list[StageProgram]:
-    """Returns runs of layers as stages."""
-    assert isinstance(subject.model, nn.Sequential)
+def _routines(subject: Subject) -> list[Routine]:
+    """Returns the runs of layers as stages' routines."""
+    layers = Layers(subject.captured.recording)
+    bounds = (*(run.start for run in subject.runs), len(subject.graph.layers))
+    return [cut_routine(layers.recording, bounds, position, layers) for position in range(len(subject.runs))]
+
+
+def _choose(
+    subject: Subject, keys: list[Any], routines: list[Routine]
+) -> tuple[list[int], list[dict[str, tuple[int, str]]]]:
+    """Returns the positions of the runs to time, and for each where the values come from that it takes: the position in
+    this list of another one, or −1 for the batch, and a name there. Where the run that makes a value is not timed, one
+    that is equal stands for it."""
+    chosen = {position for position, key in enumerate(keys) if keys[:position].count(key) < _MOST_EQUAL}
+    makers = {name: position for position, routine in enumerate(routines) for name in routine.gives}
+    places: dict[tuple[int, str], tuple[int, str]] = {}
+    todo = sorted(chosen)
+    while todo:
+        position = todo.pop()
+        for name in routines[position].takes:
+            maker = makers.get(name)
+            if maker is None or maker in chosen:
+                places[position, name] = (-1 if maker is None else maker), name
+                continue
+            index = list(routines[maker].gives).index(name)
+            equal = [p for p in chosen if keys[p] == keys[maker] and p < position and len(routines[p].gives) > index]
+            if equal:
+                places[position, name] = max(equal), list(routines[max(equal)].gives)[index]
+            else:
+                chosen.add(maker)
+                todo += [maker, position]
+    order = sorted(chosen)
+    unit = {position: i for i, position in enumerate(order)} | {-1: -1}
+    sources = []
+    for position in order:
+        found = {name: places[position, name] for name in routines[position].takes}
+        sources.append({name: (unit[maker], there) for name, (maker, there) in found.items()})
+    return order, sources
+
+
+def _program(subject: Subject, routines: list[Routine], position: int) -> StageProgram:
+    """Returns a run of layers as a stage."""
     runs = subject.runs
-    actions = [Action(stage, Op.FORWARD, 0) for stage in range(len(runs))]
-    plan = Plan(
-        graph=subject.graph,
-        profile=subject.count.profile,
-        cluster=Cluster(("cpu",)),
-        partition=Partition((*(run.start for run in runs), len(subject.graph.layers))),
-        schedule=Schedule.of([actions], "forward"),
-    )
-    return [cut_stage(subject.model, subject.objective.loss, plan, position) for position in positions]
+    bounds = (*(run.start for run in runs), len(subject.graph.layers))
+    stages = subject.graph.stages(bounds)
+    program = cut_stage(subject.model, subject.graph, stages, runs[position], position, subject.objective.loss)
+    return replace(program, routines={0: routines[position]})
 
 
 def _nothing() -> StageProgram:
     """Returns a stage that does nothing."""
-    module = nn.Sequential(OrderedDict(nothing=nn.Identity()))
-    return StageProgram(-1, module, "inputs", "nothing", False, False, (), {}, ())
+    ref = Ref(BATCH, 0)
+    routine = Routine((), {"inputs": ref}, {"nothing": ref}, frozenset(), frozenset(), None, None)
+    return StageProgram(-1, False, nn.Module(), ("nothing",), (), {}, (), None, {0: routine})
 
 
 def _mean(times: Sequence[UnitTimes]) -> UnitTimes:

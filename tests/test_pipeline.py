@@ -400,7 +400,7 @@ def test_what_cannot_work_is_refused_in_one_line_before_anything_starts(monkeypa
         "max_norm is nan": lambda: run(max_norm=float("nan")),
         r"returned int; expected a torch.optim.Optimizer": lambda: run(optimizer=lambda parameters: 3),
         "the plan has 2 ranks, the workers 1": lambda: run(workers=Workers(1)),
-        "made for another model .* embed is gone, .* stem is new": lambda: run(plan=make_plan(other, other_batch)),
+        "made for another model: embed is gone, .* stem is new": lambda: run(plan=make_plan(other, other_batch)),
     }
     for message, attempt in refused.items():
         with pytest.raises(ValueError, match=message) as caught:

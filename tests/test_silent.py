@@ -187,8 +187,8 @@ def test_hooks_on_parameters_and_shared_memory_are_refused():
         planned(model, [1, 1])
     model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
     model[1].weight.data = model[0].weight.data
-    with pytest.raises(CaptureError, match=r"1\.weight shares memory with 0\.weight"):
-        planned(model, [1, 1])
+    with pytest.raises(PartitionError, match="2 stages, but the model has 2 layers that can be cut in 0 places"):
+        planned(model, [1, 1])  # they may be on one stage
 
 
 def test_a_batch_whose_parts_do_not_fit_is_refused():

@@ -1,90 +1,294 @@
-"""A slice of a model as one stage runs it: StageProgram."""
+"""A slice of a recording as one stage runs it: StageProgram, its part of the model and the Routine that replays it."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable
-from dataclasses import dataclass
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modelpar.capture.objective import call
-from modelpar.planning.graph import BATCH
-from modelpar.planning.plan import Plan
+from modelpar.capture import trees
+from modelpar.capture.graph import Layers
+from modelpar.capture.recording import PLACEHOLDER, Held, Node, Recording, Ref, Settings, State, Template
+from modelpar.errors import RunError
+from modelpar.planning.graph import ModelGraph, StageGraph
+
+Drawing = Callable[[str], AbstractContextManager[None]]
+"""Sets the random generators for code of the model's own forward that draws."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One node, and what is kept of it."""
+
+    number: int
+    node: Node
+    kept: tuple[int | None, ...]
+    """Which of its values later steps or other stages take."""
+    dropped: tuple[Ref, ...]
+    """Values that nobody takes any more behind it."""
+    exact: bool
+    """Whether what it returns besides tensors must be as it was recorded, since code of the model may depend on it."""
+
+
+@dataclass(frozen=True)
+class Routine:
+    """What a stage does with the values it is given."""
+
+    steps: tuple[Step, ...]
+    takes: Mapping[str, Ref]
+    gives: Mapping[str, Ref]
+    needs_grad: frozenset[str]
+    """Which of the values given have their gradients come back."""
+    cloned: frozenset[str]
+    """Which of the values taken it writes to: what another stage gave is frozen, so it writes to a copy."""
+    output: Template | None
+    """Only on the last stage: what the loss is given."""
+    targets: Template | None
+    """Only on the last stage: what else it is given."""
+    held: tuple[Any, ...] = ()
+
+    def to(self, device: torch.device) -> Routine:
+        """Returns the routine with its constants on a device, which it also uses wherever the code named one."""
+        if device.type == "cpu":
+            return self
+
+        def placed(leaf: Any) -> Any:
+            if isinstance(leaf, torch.device):
+                return device
+            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
+
+        steps = []
+        for step in self.steps:
+            args = Template(tuple(map(placed, step.node.args.leaves)), step.node.args.spec)
+            steps.append(replace(step, node=replace(step.node, args=args)))
+        return replace(self, steps=tuple(steps))
+
+    def run(self, module: nn.Module, values: Mapping[str, Any], drawing: Drawing | None = None) -> dict[str, Any]:
+        """Replays the steps; returns the values given, and on the last stage "output" and "targets"."""
+        held: dict[Held, Any] = {}
+        env: dict[Any, Any] = {
+            ref: trees.map_tensors(Tensor.clone, values[name]) if name in self.cloned else values[name]
+            for name, ref in self.takes.items()
+        }
+
+        def get(leaf: Any) -> Any:
+            if type(leaf) is State:
+                return _state(module, leaf.name)
+            if type(leaf) is Held:
+                if leaf not in held:
+                    held[leaf] = copy.deepcopy(self.held[leaf.number])
+                return held[leaf]
+            return env[leaf]
+
+        for step in self.steps:
+            node = step.node
+            args, kwargs = node.args.fill(get)
+            written = [get(leaf) for leaf in node.writes]
+            target = module.get_submodule(node.target) if isinstance(node.target, str) else node.target
+            if node.settings is None and (drawing is None or "" not in node.draws):
+                output = target(*args, **kwargs)
+            else:
+                with _as_set(node.settings), drawing("") if drawing and "" in node.draws else nullcontext():
+                    output = target(*args, **kwargs)
+            leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
+            if step.exact:
+                _check(node, leaves)
+            for index in step.kept:
+                if index is None:
+                    env[Ref(step.number, None)] = output
+                else:
+                    env[Ref(step.number, index)] = leaves[index] if index >= 0 else written[-1 - index]
+            del args, kwargs, written, output, leaves
+            for ref in step.dropped:
+                del env[ref]
+        found = {name: env[ref] for name, ref in self.gives.items()}
+        if self.output is not None:
+            found["output"] = self.output.fill(lambda leaf: None if type(leaf) is Held else get(leaf))
+            found["targets"] = self.targets.fill(get) if self.targets else None
+        return found
 
 
 @dataclass
 class StageProgram:
-    """One stage: some layers of the user's model under their original names, and the values they take and give."""
+    """One stage: some layers of the user's model under their original names, and what it does with them."""
 
     stage: int
-    module: nn.Sequential
-    """Its children are the stage's layers, so that parameters have the FQNs of the unsplit model."""
-    source: str
-    """Name of the value it takes."""
-    result: str | None
-    """Name of the value it gives; None for the last stage, whose output meets the loss."""
-    result_needs_grad: bool
-    """Whether the plan has its gradient come back."""
-    writes_input: bool
+    is_last: bool
+    module: nn.Module
+    """Holds the layers' modules, parameters and buffers by the FQNs of the unsplit model."""
+    layers: tuple[str, ...]
+    """Their names."""
     draws: tuple[str, ...]
-    """FQNs of the modules whose own forward draws random numbers."""
+    """FQNs of the modules whose own forward draws random numbers; "" is the model itself."""
     tied: dict[str, str]
     """The FQN by which this stage knows each tensor that other stages use too, by the owner's FQN."""
     copies: tuple[str, ...]
     """Those of them, by this stage's FQN, that another stage owns."""
     loss: Callable[[Any, Any], Any] | None = None
     """Only on the last stage."""
-
-    def __call__(self, values: dict[str, Any]) -> Any:
-        """Runs the layers on the values received and returns the last layer's output."""
-        value = values[self.source]
-        if self.writes_input:  # what another stage gave is frozen: write to a copy
-            value = pytree.tree_map_only(Tensor, Tensor.clone, value)
-        layers = iter(self.module._modules.values())
-        if self.source == "inputs":
-            value = call(next(layers), value)
-        for layer in layers:
-            value = layer(value)
-        return value
+    routines: dict[int, Routine] = field(default_factory=dict)
+    """By number of the recording that they replay a part of."""
 
     def owned_parameters(self) -> dict[str, nn.Parameter]:
         """Returns the trainable parameters that this stage updates, by FQN."""
         return {n: p for n, p in self.module.named_parameters() if p.requires_grad and n not in self.copies}
 
     def failing_layer(self, traceback: TracebackType | None) -> str:
-        """Returns the FQN of the innermost module on a traceback, or "the loss" where none was running."""
+        """Returns the FQN of the innermost module on a traceback, the call of a function, or "the loss"."""
         names = {id(module): name for name, module in self.module.named_modules()}
         found = ""
         while traceback:
-            found = names.get(id(traceback.tb_frame.f_locals.get("self")), "") or found
+            local = traceback.tb_frame.f_locals
+            if traceback.tb_frame.f_code is Routine.run.__code__ and "node" in local:
+                node = local["node"]
+                found = node.name if node.is_module else f"{node.name} in {node.inside or 'the model'} ({node.line})"
+            found = names.get(id(local.get("self")), "") or found
             traceback = traceback.tb_next
-        return found or ("the loss" if self.result is None else "the stage")
+        return found or ("the loss" if self.is_last else "the stage")
 
 
-def cut_stage(model: nn.Sequential, loss: Callable[[Any, Any], Any] | None, plan: Plan, stage: int) -> StageProgram:
-    """Cuts one stage out of a model; the layers are the model's own, not copies."""
-    layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
-    values = [v for v in plan.stage_graph.values if v.name != "targets"]
-    (source,) = [v.name for v in values if stage in v.consumers]
-    given = [v for v in values if v.producer == stage and v.producer != BATCH]
-    last = stage == plan.num_stages - 1
-    module = nn.Sequential(OrderedDict((layer.name, model._modules[layer.name]) for layer in layers))
-    own = dict(module.named_parameters())
-    shared = [tie for tie in plan.stage_graph.tied if stage in tie.layers]
-    tied = {tie.names[0]: next(name for name in tie.names if name in own) for tie in shared}
+def cut_stage(
+    model: nn.Module,
+    graph: ModelGraph,
+    stages: StageGraph,
+    layers: range,
+    stage: int,
+    loss: Callable[[Any, Any], Any] | None = None,
+) -> StageProgram:
+    """Cuts one stage's layers out of a model, without routines; the modules are the model's own, not copies."""
+    own = [graph.layers[i] for i in layers]
+    module = skeleton(model, [m for layer in own for m in layer.modules], [p.name for x in own for p in x.parameters])
+    names = dict(module.named_parameters())
+    shared = [tie for tie in stages.tied if stage in tie.layers]
+    tied = {tie.names[0]: next(name for name in tie.names if name in names) for tie in shared}
     return StageProgram(
         stage=stage,
+        is_last=stage == stages.num_stages - 1,
         module=module,
-        source=source,
-        result=None if last else given[0].name,
-        result_needs_grad=not last and given[0].needs_grad,
-        writes_input=layers[0].writes_input,
-        draws=tuple(dict.fromkeys(name for layer in layers for name in layer.draws)),
+        layers=tuple(layer.name for layer in own),
+        draws=tuple(dict.fromkeys(name for layer in own for name in layer.draws)),
         tied=tied,
         copies=tuple(tied[tie.names[0]] for tie in shared if tie.layers[0] != stage),
-        loss=loss if last else None,
+        loss=loss if stage == stages.num_stages - 1 else None,
     )
+
+
+def skeleton(model: nn.Module, modules: list[str], states: list[str]) -> nn.Module:
+    """Returns a module that holds only these modules, parameters and buffers of a model, under the same names."""
+    root = nn.Module()
+    root.training = model.training
+    wanted = set(modules)
+
+    def parent(name: str) -> tuple[nn.Module, str]:
+        place = root
+        *path, last = name.split(".")
+        for i, part in enumerate(path):
+            if part not in place._modules:
+                place.add_module(part, nn.Module())
+                place._modules[part].training = model.get_submodule(".".join(path[: i + 1])).training  # type: ignore[union-attr]
+            place = place._modules[part]  # type: ignore[assignment]
+        return place, last
+
+    for name, module in model.named_modules(remove_duplicate=False):
+        if name in wanted and name:
+            place, last = parent(name)
+            place._modules[last] = module
+    inside = {f"{name}." for name in wanted}
+    for name in dict.fromkeys(states):
+        if any(name.startswith(prefix) for prefix in inside):
+            continue
+        place, last = parent(name)
+        owner = model.get_submodule(name.rpartition(".")[0])
+        if last in owner._parameters:
+            place._parameters[last] = owner._parameters[last]
+        else:
+            place.register_buffer(last, owner._buffers[last], last not in owner._non_persistent_buffers_set)
+    return root
+
+
+def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layers: Layers | None = None) -> Routine:
+    """Returns what one stage does, of the stages layers[bounds[s]:bounds[s + 1]]."""
+    layers = layers or Layers(recording)
+    own = range(bounds[stage], bounds[stage + 1])
+    last = stage == len(bounds) - 2
+    numbers = {number for layer in own for number in layers.nodes[layer]}
+    ends = recording.last_takes if last else ()
+    refs = tuple(ref for number in numbers for ref in recording.nodes[number].takes) + ends
+    ordered = sorted(numbers | set(recording.needed(refs)))
+    names, nodes = layers.value_names, recording.nodes
+    inside = set(ordered)
+    takes: dict[str, Ref] = {}
+    for ref in [ref for number in ordered for ref in nodes[number].takes] + list(ends):
+        if ref.node not in inside:
+            takes[names[ref]] = ref
+    gives = {
+        names[ref]: ref
+        for ref, consumers in layers.consumers.items()
+        if ref.node in numbers and any(consumer not in own for consumer in consumers)
+    }
+    touched = {ref for number in ordered for ref in nodes[number].touches}
+    return Routine(
+        steps=_steps(recording, ordered, set(gives.values()) | set(ends)),
+        takes=takes,
+        gives=gives,
+        needs_grad=frozenset(name for name, ref in gives.items() if nodes[ref.node].needs_grad_at(ref.index)),
+        cloned=frozenset(name for name, ref in takes.items() if {ref, layers.original(ref)} & touched),
+        output=recording.output if last else None,
+        targets=recording.targets if last else None,
+        held=recording.held,
+    )
+
+
+def _steps(recording: Recording, numbers: list[int], wanted: set[Ref]) -> tuple[Step, ...]:
+    """Returns steps that keep values only as long as somebody takes them."""
+    nodes, last_use = recording.nodes, dict[Ref, int]()
+    for number in numbers:
+        last_use |= dict.fromkeys(nodes[number].takes, number)
+    whole = {ref.node for ref in (*last_use, *wanted) if ref.index is None}
+    steps = []
+    for number in numbers:
+        node = nodes[number]
+        kept = tuple(ref.index for ref in dict.fromkeys((*last_use, *wanted)) if ref.node == number)
+        dropped = tuple(ref for ref, last in last_use.items() if last == number and ref not in wanted)
+        looked_at = any(leaf is not None and leaf != PLACEHOLDER for leaf in node.plain)
+        steps.append(Step(number, node, kept, dropped, node.is_module and looked_at and number not in whole))
+    return tuple(steps)
+
+
+def _check(node: Node, leaves: list[Any]) -> None:
+    """Raises RunError where a module returned other plain values than when it was recorded."""
+    found = tuple(PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
+    for now, then in zip(found, node.plain, strict=False):
+        if isinstance(then, (bool, int, float, str, type(None))) and now != then:
+            raise RunError(
+                f"{node.name} returned {now!r} where it returned {then!r} when the model was captured, and the code "
+                f"around it may depend on that ({node.line}); expected the same, or tensors"
+            )
+    if len(found) != len(node.plain):
+        raise RunError(f"{node.name} returned {len(found)} values; expected {len(node.plain)}, as when it was captured")
+
+
+def _state(module: nn.Module, name: str) -> Tensor:
+    place, _, last = name.rpartition(".")
+    found: Tensor = getattr(module.get_submodule(place), last)
+    return found
+
+
+@contextmanager
+def _as_set(settings: Settings | None) -> Iterator[None]:
+    """Sets grad mode and autocast as they were around a call."""
+    if settings is None:
+        yield
+        return
+    with ExitStack() as stack:
+        if not settings.grad:
+            stack.enter_context(torch.no_grad())
+        for kind, enabled, dtype in settings.autocast:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield

@@ -60,12 +60,23 @@ def call(module: Callable[..., Any], inputs: Any) -> Any:
     return module(*inputs) if type(inputs) is tuple else module(inputs)
 
 
+def run(model: nn.Module, inputs: Any) -> Any:
+    """Runs a model on a batch's inputs; an nn.Sequential's first layer takes them as `call` says."""
+    if type(model).forward is not nn.Sequential.forward or not isinstance(inputs, (tuple, dict)):
+        return call(model, inputs)
+    first, *others = model._modules.values()
+    value = call(first, inputs)  # type: ignore[arg-type]
+    for layer in others:
+        value = layer(value)  # type: ignore[misc]
+    return value
+
+
 def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, num_samples: int) -> LossResult:
     """Returns the loss of one micro-batch as a sum and a count; a plain scalar mean counts samples.
 
     Raises CaptureError where the loss is not a scalar tensor.
     """
-    found = loss(output, targets) if loss is not None else _own_loss(output)
+    found = loss(output, targets) if loss is not None else own_loss(output)
     if isinstance(found, LossResult):
         count = found.count.item() if isinstance(found.count, Tensor) else found.count
         metrics = {name: float(value) for name, value in found.metrics.items()}
@@ -119,7 +130,8 @@ def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
     return [base + 1] * more + [base] * (count - more)
 
 
-def _own_loss(output: Any) -> Any:
+def own_loss(output: Any) -> Any:
+    """Returns the loss that a model returned: as attribute or key `loss`, as first item, or as its whole output."""
     if isinstance(output, Tensor):
         return output
     if isinstance(output, Mapping) and "loss" in output:

@@ -10,13 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.capture.objective import Batch, Objective, batch_size, call, loss_of
-from modelpar.capture.sequential import untouched
-from modelpar.planning.graph import ModelGraph
+from modelpar.capture import trees
+from modelpar.capture.capture import Captured, leaf_names, untouched
+from modelpar.capture.cut import Routine, cut_routine
+from modelpar.capture.graph import Layers
+from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
+from modelpar.capture.recording import Node
 from modelpar.planning.profile import LayerCost, Profile
 
 _NOMINAL_FLOPS = 2e10
@@ -34,44 +36,67 @@ class Count:
     same, and are counted once."""
 
 
-def count(objective: Objective, graph: ModelGraph, microbatch: Batch, model: nn.Module) -> Count:
-    """Counts the layers on a micro-batch, on the CPU; the loss counts as part of the last layer.
+def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn.Module) -> Count:
+    """Counts the layers of a recorded model on a micro-batch; the loss counts as part of the last layer.
 
     Parameters, buffers and random generators are as before afterwards.
     """
-    value, targets = microbatch
-    num_samples = batch_size(value, objective.batch_dim)
+    recording, graph = captured.recording, captured.graph
+    layers = Layers(recording)
+    bounds = tuple(range(len(graph.layers) + 1))
+    num_samples = batch_size(microbatch[0], objective.batch_dim)
+    values: dict[str, Any] = dict(leaf_names(*microbatch))
     costs: list[LayerCost] = []
     keys: list[Any] = []
-    known: dict[Any, tuple[LayerCost, Any]] = {}
-    children = list(model._modules.values())
+    known: dict[Any, tuple[LayerCost, list[Any]]] = {}
     with torch.inference_mode(False), torch.enable_grad(), untouched(model):
-        for i, (layer, child) in enumerate(zip(graph.layers, children, strict=True)):
-            assert child is not None
-            home = next((p.device for p in child.parameters()), torch.device("cpu"))
-            child.to("cpu")
-            last = i == len(children) - 1
+        for i, layer in enumerate(graph.layers):
+            routine = cut_routine(recording, bounds, i, layers)
+            last = i == len(graph.layers) - 1
 
-            def forward(value: Any, child: nn.Module = child, first: bool = i == 0, last: bool = last) -> Any:
-                output = call(child, value) if first else child(value)
-                return loss_of(objective.loss, output, targets, num_samples).total if last else output
+            def forward(received: dict[str, Any], routine: Routine = routine, last: bool = last) -> list[Any]:
+                found = routine.run(model, received)
+                given = [found[name] for name in routine.gives]
+                if last:
+                    given.append(loss_of(objective.loss, found["output"], found["targets"], num_samples).total)
+                return given
 
+            received = {name: values[name] for name in routine.takes}
             where = ("first" if i == 0 else "") + ("last" if last else "")
-            key = (_description(child), tuple(p.shape for p in layer.parameters), _shapes(value), where)
+            key = (
+                tuple(_description(model.get_submodule(name)) for name in layer.modules),
+                tuple(_call(step.node) for step in routine.steps),
+                tuple(p.shape for p in layer.parameters),
+                _shapes(list(received.values())),
+                where,
+            )
             if key not in known:
-                known[key] = _count_layer(layer.name, child, forward, value)
-            cost, value = known[key]
+                states = {id(t): t for m in layer.modules for t in model.get_submodule(m).parameters()}
+                states |= {id(t): t for p in layer.parameters if not p.buffer for t in [model.get_parameter(p.name)]}
+                known[key] = _count_layer(layer.name, list(states.values()), [*model.buffers()], forward, received)
+            cost, given = known[key]
+            values |= zip(routine.gives, given, strict=False)
             costs.append(replace(cost, name=layer.name))
             keys.append(key)
-            child.to(home)
     return Count(Profile(tuple(costs), num_samples, "flops"), tuple(keys))
 
 
-def _count_layer(name: str, module: nn.Module, forward: Callable[[Any], Any], value: Any) -> tuple[LayerCost, Any]:
-    """Returns a layer's cost, and its output for the next one."""
-    parameters = list(module.parameters())
+def _call(node: Node) -> Any:
+    """Returns what a call depends on besides the values it takes, and besides names."""
+    plain = [leaf for leaf in node.args.leaves if isinstance(leaf, (bool, int, float, str, torch.dtype))]
+    return "" if node.is_module else node.name, repr(plain), node.settings
+
+
+def _count_layer(
+    name: str,
+    parameters: list[nn.Parameter],
+    buffers: list[Tensor],
+    forward: Callable[[Any], list[Any]],
+    value: Any,
+) -> tuple[LayerCost, list[Any]]:
+    """Returns a layer's cost, and what it gives for the next ones."""
     saved: dict[int, int] = {}
-    fixed = {t.untyped_storage().data_ptr() for t in (*parameters, *module.buffers())}
+    fixed = {t.untyped_storage().data_ptr() for t in (*parameters, *buffers)}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -83,9 +108,9 @@ def _count_layer(name: str, module: nn.Module, forward: Callable[[Any], Any], va
     with FlopCounterMode(display=False) as counter, _Allocations(parameters) as allocations:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = forward(received)
-        given = [t for t in _tensors(output) if t.requires_grad]
-        kept = saved | {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(output)}
-        for tensor in _tensors(received):
+        given = [t for t in trees.tensors_of(output) if t.requires_grad]
+        kept = saved | {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in trees.tensors_of(output)}
+        for tensor in trees.tensors_of(received):
             kept.pop(tensor.untyped_storage().data_ptr(), None)
         if given:  # not torch.autograd.grad, which the counter cannot follow
             torch.autograd.backward(given, [torch.ones_like(t) for t in given])
@@ -100,11 +125,11 @@ def _count_layer(name: str, module: nn.Module, forward: Callable[[Any], Any], va
         flops=flops,
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
         saved_bytes=sum(saved.values()),
-        output_bytes=sum(t.numel() * t.element_size() for t in _tensors(output)),
+        output_bytes=sum(t.numel() * t.element_size() for t in trees.tensors_of(output)),
         kept_bytes=kept_bytes,
         temporary_bytes=max(0, allocations.peak - kept_bytes),
     )
-    return cost, pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.is_floating_point()), output)
+    return cost, trees.map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), output)
 
 
 class _Allocations(TorchDispatchMode):
@@ -121,8 +146,8 @@ class _Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in _tensors((args, kwargs))}
-        for tensor in _tensors(output):
+        inputs = {t.untyped_storage().data_ptr() for t in trees.tensors_of((args, kwargs))}
+        for tensor in trees.tensors_of(output):
             storage = tensor.untyped_storage()
             if storage.nbytes() and storage.data_ptr() not in inputs:  # a view makes nothing
                 self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
@@ -134,8 +159,7 @@ class _Allocations(TorchDispatchMode):
 
 def _fresh(tree: Any) -> Any:
     """Returns copies that a layer may write to, of leaves of a new graph."""
-    leaves = pytree.tree_map_only(Tensor, lambda t: t.detach().requires_grad_(t.requires_grad), tree)
-    return pytree.tree_map_only(Tensor, Tensor.clone, leaves)
+    return trees.map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad).clone(), tree)
 
 
 def _description(module: nn.Module) -> Any:
@@ -159,9 +183,5 @@ def _source(kind: type) -> str:
         return kind.__qualname__
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
-
-
 def _shapes(tree: Any) -> Any:
-    return tuple((tuple(t.shape), t.dtype) for t in _tensors(tree))
+    return tuple((tuple(t.shape), t.dtype) for t in trees.tensors_of(tree))

@@ -43,8 +43,8 @@ class Layer:
     """Its parameters and buffers in the model's own order; a tied one is listed by every layer that uses it."""
     draws: tuple[str, ...] = ()
     """FQNs of the modules inside it whose own forward draws random numbers."""
-    writes_input: bool = False
-    """Whether it writes to its input in place, so that a stage that begins with it must clone what it receives."""
+    modules: tuple[str, ...] = ()
+    """FQNs of the modules it calls whole: its own, and those that only depend on the batch and that others call too."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,10 @@ class ModelGraph:
     cuts: tuple[int, ...]
     """Legal cut positions, ascending: c in 1 … len(layers) − 1 separates layers[:c] from layers[c:]."""
     tied: tuple[Tied, ...] = ()
+    parameters: tuple[str, ...] = ()
+    """FQNs of all parameters in the order of `model.parameters()`, each tensor once."""
+    straight: bool = False
+    """Whether the model is an nn.Sequential of its layers: what it does then depends on no shape or value."""
 
     @property
     def hash(self) -> str:
@@ -125,13 +129,13 @@ class ModelGraph:
                 kind=layer["kind"],
                 parameters=tuple(Parameter(**{**p, "shape": tuple(p["shape"])}) for p in layer["parameters"]),
                 draws=tuple(layer["draws"]),
-                writes_input=layer["writes_input"],
+                modules=tuple(layer["modules"]),
             )
             for layer in data["layers"]
         )
         values = tuple(Value(**{**value, "consumers": tuple(value["consumers"])}) for value in data["values"])
         tied = tuple(Tied(tuple(tie["names"]), tuple(tie["layers"]), tie["bytes"]) for tie in data["tied"])
-        return cls(layers, values, tuple(data["cuts"]), tied)
+        return cls(layers, values, tuple(data["cuts"]), tied, tuple(data["parameters"]), data["straight"])
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from modelpar.errors import PlanError, PlanMismatch
 from modelpar.planning.cluster import Cluster
 from modelpar.planning.edges import Edge, edges
-from modelpar.planning.graph import ModelGraph, StageGraph
+from modelpar.planning.graph import ModelGraph, Parameter, StageGraph
 from modelpar.planning.partition import Partition
 from modelpar.planning.profile import Profile
 from modelpar.planning.schedule import Action, Op, Schedule
@@ -50,6 +50,8 @@ class Plan:
     tied: str = "fast"
     """"fast" adds the gradients of tied tensors once per step; "exact" per micro-batch, as autograd to the bit."""
     prediction: Prediction | None = None
+    captured: Any = field(default=None, compare=False, repr=False)
+    """What the plan was made from, (model or factory, recording), so that nobody has to record it again. Not saved."""
 
     def __post_init__(self) -> None:
         if self.partition.num_layers != len(self.graph.layers):
@@ -124,6 +126,22 @@ class Plan:
         ]
         shown = ", ".join(changes[:8]) or "the order of layers or the tied tensors changed"
         raise PlanMismatch(f"the plan was made for another model (hash {self.graph.hash}, now {graph.hash}): {shown}")
+
+    def check_parameters(self, parameters: Mapping[str, Parameter]) -> None:
+        """Raises PlanMismatch, listing what changed, unless a model's parameters and buffers are those of the plan."""
+        ours = {parameter.name: parameter for layer in self.graph.layers for parameter in layer.parameters}
+        changes = []
+        for layer in self.graph.layers:
+            gone = [parameter.name for parameter in layer.parameters if parameter.name not in parameters]
+            changes += [
+                f"{name} is gone" for name in ([layer.name] if len(gone) == len(layer.parameters) > 0 else gone)
+            ]
+        changes += [f"{name} changed" for name, p in ours.items() if parameters.get(name, p) != p]
+        known = {*ours, *self.graph.parameters, *(name for tie in self.graph.tied for name in tie.names)}
+        new = [name for name, p in parameters.items() if name not in known and not p.buffer]
+        changes += [f"{name} is new" for name in dict.fromkeys(name.partition(".")[0] for name in new)]
+        if changes:
+            raise PlanMismatch(f"the plan was made for another model: {', '.join(changes[:8])}")
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json: the schedule as its generator, or as lines of actions where there is none."""

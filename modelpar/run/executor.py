@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from modelpar.capture.cut import Routine
 from modelpar.errors import RunError
 from modelpar.planning.graph import BATCH, StageGraph, Value
 from modelpar.planning.plan import Plan
@@ -41,7 +42,9 @@ class Executor:
         self._exchange, self._update, self._memory = exchange, update, memory
         self._device = next(iter(runners.values())).device
         self._last = runners.get(plan.num_stages - 1)
-        self._lists: dict[tuple[str, int], _Steps] = {}
+        self._graphs: dict[int, StageGraph] = {}
+        """The values between stages, by the number of the recording that is replayed."""
+        self._lists: dict[tuple[str, tuple[int, ...]], _Steps] = {}
         self._values: dict[ValueKey, Any] = {}
         """What the current action works on, for messages to people."""
         self._poisoned = False
@@ -76,7 +79,7 @@ class Executor:
         if action.op is Op.FORWARD:
             layer = program.failing_layer(error.__traceback__)
         else:  # autograd does not say
-            layer = f"one of {', '.join(program.module._modules)}"
+            layer = f"one of {', '.join(program.layers)}"
         where = f"stage {action.stage}, layer {layer}, action {action}"
         if action.microbatch < 0:
             return where
@@ -92,6 +95,12 @@ class Executor:
             for module in modules
             for name, value in module.state_dict().items()
         }
+
+    def learn(self, number: int, graph: StageGraph, routines: dict[int, Routine]) -> None:
+        """Takes in another recording: the values between stages, and what each of this rank's stages does."""
+        self._graphs[number] = graph
+        for stage, routine in routines.items():
+            self._runners[stage].learn(number, routine)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Loads the stages' own entries."""
@@ -115,7 +124,7 @@ class Executor:
     def _walk(self, context: RunContext) -> None:
         """Does the rank's list of actions."""
         exchange = self._exchange
-        for action, needed, given in self._steps(context.mode, len(context.sizes)):
+        for action, needed, given in self._steps(context):
             runner = self._runners[action.stage]
             self._values = {key: exchange.take(key, action) for key in needed}
             named = {key.name: value for key, value in self._values.items()}
@@ -133,16 +142,20 @@ class Executor:
                 exchange.note("send", end, action)
         exchange.doing = (None, None)
 
-    def _steps(self, mode: str, num_microbatches: int) -> _Steps:
-        """Returns the rank's actions for so many micro-batches."""
-        if (mode, num_microbatches) not in self._lists:
-            train, graph = mode == "train", self._plan.stage_graph
-            graph = _for_prediction(graph) if mode == "predict" else graph
-            schedule = (self._plan.schedule_for if train else self._plan.forward_schedule)(num_microbatches)
-            self._lists[mode, num_microbatches] = [
-                (action, needs(graph, action), gives(graph, action)) for action in schedule.actions(self._exchange.rank)
+    def _steps(self, context: RunContext) -> _Steps:
+        """Returns the rank's actions for a batch's micro-batches, with the values that their recordings exchange."""
+        mode, variants = context.mode, context.variants
+        if (mode, variants) not in self._lists:
+            train = mode == "train"
+            graphs = [self._graphs[number] for number in variants]
+            if mode == "predict":
+                graphs = [_for_prediction(graph) for graph in graphs]
+            schedule = (self._plan.schedule_for if train else self._plan.forward_schedule)(len(variants))
+            self._lists[mode, variants] = [
+                (action, needs(graphs[action.microbatch], action), gives(graphs[action.microbatch], action))
+                for action in schedule.actions(self._exchange.rank)
             ]
-        return self._lists[mode, num_microbatches]
+        return self._lists[mode, variants]
 
     def _losses(self, context: RunContext) -> dict[str, Any]:
         """Returns, on the rank of the last stage, the batch's sums in ascending order of micro-batch."""
@@ -181,7 +194,7 @@ class Executor:
         for runner in self._runners.values():
             runner.keep_buffers()
         found: dict[int, str] = {}
-        for action, needed, given in self._steps(context.mode, 1):
+        for action, needed, given in self._steps(context):
             values = {key.name: self._exchange.take(key, action) for key in needed}
             results, name = self._runners[action.stage].first_nonfinite(values, context)
             if name is not None:
@@ -217,7 +230,6 @@ class Executor:
 
 
 def _for_prediction(graph: StageGraph) -> StageGraph:
-    """Returns the data flow without targets, and with the last stage's output going back to the controller."""
-    values = [value for value in graph.values if value.name != "targets"]
+    """Returns the data flow with the last stage's output going back to the controller."""
     output = Value("output", graph.num_stages - 1, (BATCH,), needs_grad=False)
-    return replace(graph, values=(*values, output))
+    return replace(graph, values=(*graph.values, output))

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any, Self
 
@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modelpar.capture import sequential
+from modelpar.capture.capture import leaf_names
 from modelpar.capture.cut import cut_stage
+from modelpar.capture.graph import first_names, parameters_of
 from modelpar.capture.objective import (
     Batch,
     Objective,
@@ -34,6 +35,7 @@ from modelpar.run import cuda, wire
 from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext
 from modelpar.run.update import OptimizerFactory, Settings, check_settings
+from modelpar.run.variants import Variant, Variants
 from modelpar.run.workers import Workers
 
 
@@ -91,30 +93,33 @@ class Pipeline:
         self._objective, self._plan = objective, plan
         self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
         check_settings(self._settings, plan.graph)
-        values = plan.stage_graph.values
-        self._fed = [(value.name, stage) for value in values if value.producer == BATCH for stage in value.consumers]
-        """What the controller sends for every micro-batch: the name of each value, and a stage that needs it."""
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
         self._step = 0
         self._under_way: deque[_Submitted] = deque()
+        self._learning: list[tuple[int, int]] = []
+        """Tickets of recordings that ranks were told of."""
         self._model_shapes: dict[str, torch.Size | None] = {}
+        self._first_names: dict[str, str] = {}
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
         self._step = 0
         self._under_way.clear()
         model = self._objective.build(self._settings.seed)
-        self._plan.check_model(sequential.structure(model))
-        assert isinstance(model, nn.Sequential)
+        self._plan.check_parameters(parameters_of(model))
+        self._variants = Variants(self._objective, self._plan, self._unsplit(model))
         self._model_shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
+        self._first_names = first_names(model)
         with ExitStack() as exits:
             self._workers = self._given_workers or exits.enter_context(Workers(self._plan.num_ranks))
             self._number = self._workers.next_number()
             of_model = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
             what = "the plan, the optimizer or the learning-rate schedule"
-            setup = wire.ship_as(what, (self._plan, self._settings, Numerics.current()), of_model)
+            setup = wire.ship_as(
+                what, (replace(self._plan, captured=None), self._settings, Numerics.current()), of_model
+            )
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
@@ -197,10 +202,8 @@ class Pipeline:
         """Returns weights and buffers, on the CPU, with the unsplit model's keys in its order; tied ones are one."""
         found: dict[str, Tensor] = {}
         for state in reversed(self._ask_all("state_dict")):
-            found |= state
-        for tie in self._plan.graph.tied:
-            found |= dict.fromkeys(tie.names, found[tie.names[0]])
-        return {name: found[name] for name in self._model_shapes}
+            found |= {self._first_names.get(name, name): value for name, value in state.items()}
+        return {name: found[self._first_names.get(name, name)] for name in self._model_shapes}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Loads weights and buffers by the unsplit model's keys; raises ConfigError for keys or shapes that differ."""
@@ -244,22 +247,47 @@ class Pipeline:
     ) -> tuple[int, list[tuple[int, int]]]:
         """Tells all ranks to run micro-batches, and sends these; returns the run's number and the tickets."""
         workers = self._need_workers()
+        mode = "train" if context.mode == "locate" else context.mode
+        microbatches = list(zip(inputs, targets, strict=True))
+        variants = [self._variant(mode, microbatch) for microbatch in microbatches]
+        context = context._replace(variants=tuple(variant.number for variant in variants))
         run = workers.next_number()
-        given = {"inputs": inputs} if context.mode == "predict" else {"inputs": inputs, "targets": targets}
         try:
             tickets = [
                 self._command(rank, "run", run=run, context=context, data_wait=data_wait)
                 for rank in range(self._plan.num_ranks)
             ]
-            for i in range(len(inputs)):
-                for name, stage in self._fed:
-                    if name in given:
-                        key = ValueKey("value", name, i, BATCH, stage)
-                        workers.give(self._plan.schedule.stage_to_rank[stage], (run, key), given[name][i])
+            for i, (variant, microbatch) in enumerate(zip(variants, microbatches, strict=True)):
+                leaves = leaf_names(*microbatch)
+                for value in variant.graph.values:
+                    if value.producer == BATCH:
+                        for stage in value.consumers:
+                            key = ValueKey("value", value.name, i, BATCH, stage)
+                            rank = self._plan.schedule.stage_to_rank[stage]
+                            workers.give(rank, (run, key), leaves[value.name])
         except BaseException as error:  # ranks that wait for the rest of a batch would wait for ever
             workers.fail(RunError(f"a batch could not be sent: {type(error).__name__}: {error}"))
             raise
         return run, tickets
+
+    def _variant(self, mode: str, microbatch: Batch) -> Variant:
+        """Returns what the ranks do with a micro-batch, and tells them where it is new."""
+        found = self._variants.find(mode, microbatch)
+        if found is None:
+            found = self._variants.add(mode, microbatch)
+            for rank in range(self._plan.num_ranks):
+                homes = enumerate(self._plan.schedule.stage_to_rank)
+                routines = {stage: found.routines[stage] for stage, home in homes if home == rank}
+                parcel = wire.ship_as("what the model's own forward does", (found.number, found.graph, routines))
+                self._learning.append(self._command(rank, "learn", recording=parcel))
+        return found
+
+    def _unsplit(self, model: nn.Module) -> Callable[[], nn.Module]:
+        """Returns what gives the unsplit model: one made by a factory is not kept once it has been recorded."""
+        if isinstance(self._objective.model, nn.Module):
+            return lambda: model
+        first = [model]
+        return lambda: first.pop() if first else self._objective.build(self._settings.seed)
 
     def _collect(self, submitted: _Submitted) -> StepResult:
         """Waits for a step, and before it for earlier ones that nobody collected, such as after leaving `steps`."""
@@ -307,6 +335,8 @@ class Pipeline:
     def _merged(self, tickets: list[tuple[int, int]]) -> dict[str, Any]:
         """Waits for all ranks and joins what they replied."""
         merged: dict[str, Any] = {"spans": [], "peak_bytes": [], "finite": True, "grad_norm": None, "lr": None}
+        self._need_workers().wait_replies(self._learning)
+        self._learning.clear()
         for reply in self._need_workers().wait_replies(tickets, step=True):
             merged["spans"] += reply.pop("spans", [])
             merged["peak_bytes"].append(reply.pop("peak_bytes", 0))
@@ -314,10 +344,12 @@ class Pipeline:
             merged |= {name: value for name, value in reply.items() if value is not None}
         return merged
 
-    def _program(self, model: nn.Sequential, stage: int, of_model: dict[int, str]) -> wire.Parcel:
-        names = [self._plan.graph.layers[i].name for i in self._plan.partition.layers(stage)]
-        what = f"stage {stage} ({names[0]} … {names[-1]})"
-        program = cut_stage(model, self._objective.loss, self._plan, stage)
+    def _program(self, model: nn.Module, stage: int, of_model: dict[int, str]) -> wire.Parcel:
+        plan = self._plan
+        program = cut_stage(
+            model, plan.graph, plan.stage_graph, plan.partition.layers(stage), stage, self._objective.loss
+        )
+        what = f"stage {stage} ({program.layers[0]} … {program.layers[-1]})"
         own = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
         return wire.ship_as(what, program, {number: name for number, name in of_model.items() if number not in own})
 

@@ -46,7 +46,9 @@ class KeyedRandom:
         if device.type == "cuda":
             torch.cuda.init()
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        for name in names:
+        self._own_states: list[Tensor] | None = None
+        """Where the model's own forward, of which each stage runs a part, has got to in this micro-batch."""
+        for name in filter(None, names):
             drawing = module.get_submodule(name)
             drawing.register_forward_pre_hook(self._before(name), prepend=True)
             drawing.register_forward_hook(self._after, always_call=True)
@@ -56,10 +58,28 @@ class KeyedRandom:
         """Keys what is drawn inside for a micro-batch, whose call numbers count from 0."""
         self._step, self._microbatch, self._forward = step, microbatch, True
         self._calls.clear()
+        self._own_states = None
         try:
             yield
         finally:
             self._forward = False
+
+    @contextmanager
+    def own(self, name: str) -> Iterator[None]:
+        """Lets code of the model's own forward draw, which no hook can see: as one call of the model, in pieces."""
+        with self._lock:
+            before = self.states()
+            if self._own_states is None:
+                key = random_key(self._seed, self._step, self._microbatch, name, 0)
+                for generator in self._generators:
+                    generator.manual_seed(key)
+            else:
+                self._set(self._own_states)
+            try:
+                yield
+            finally:
+                self._own_states = self.states()
+                self._set(before)
 
     def states(self) -> list[Tensor]:
         """Returns the states of the generators."""
@@ -85,6 +105,9 @@ class KeyedRandom:
     def _after(self, *_: Any) -> None:
         if not self._saved:  # refused before it began
             return
-        for generator, state in zip(self._generators, self._saved.pop(), strict=True):
-            generator.set_state(state)
+        self._set(self._saved.pop())
         self._lock.release()
+
+    def _set(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self._generators, states, strict=True):
+            generator.set_state(state)

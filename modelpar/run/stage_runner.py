@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modelpar.capture.cut import StageProgram
+from modelpar.capture import trees
+from modelpar.capture.cut import Routine, StageProgram
 from modelpar.capture.objective import LossResult, loss_of
 from modelpar.errors import RunError
 from modelpar.run.rng import EVALUATION, KeyedRandom
@@ -26,6 +26,12 @@ class RunContext(NamedTuple):
     """Samples per micro-batch."""
     first: int = 0
     """The global index of the first micro-batch, for random keys."""
+    variants: tuple[int, ...] = ()
+    """Per micro-batch, the number of the recording to replay."""
+
+    def variant(self, microbatch: int) -> int:
+        """Returns the number of the recording that a micro-batch replays."""
+        return self.variants[microbatch] if self.variants else 0
 
 
 @dataclass(slots=True)
@@ -46,6 +52,8 @@ class StageRunner:
         self.losses: dict[int, LossResult] = {}
         """On the last stage, the loss of each micro-batch of the current step, detached."""
         program.module.to(device)
+        self.routines = {number: routine.to(device) for number, routine in program.routines.items()}
+        """By the number of the recording that each replays."""
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
         places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
@@ -64,13 +72,14 @@ class StageRunner:
         step = context.step if context.mode in ("train", "locate") else EVALUATION
         before = self._random.states() if self._owns_generators else []
         with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
-            output = self.program(values)
+            routine = self.routines[context.variant(microbatch)]
+            results = routine.run(self.program.module, values, self._random.own)
             live = _Live({name: _needing_grad(value) for name, value in values.items()}, {})
-            if self.program.result is not None:
-                live.given[self.program.result] = _needing_grad(output)
-                output = self._frozen(output)
-            elif context.mode != "predict":
-                found = loss_of(self.program.loss, output, values.get("targets"), context.sizes[microbatch])
+            for name in routine.gives:
+                live.given[name] = _needing_grad(results[name])
+                results[name] = self._frozen(results[name])
+            if self.program.is_last and context.mode != "predict":
+                found = loss_of(self.program.loss, results["output"], results["targets"], context.sizes[microbatch])
                 self.losses[microbatch] = found._replace(total=found.total.detach())
                 live.total = found.total if found.count else None
         if before and not all(map(torch.equal, before, self._random.states())):
@@ -78,15 +87,15 @@ class StageRunner:
                 "a module drew random numbers that did not draw when the model was captured, so the result would "
                 "depend on the split; plan with the module in the mode in which it trains"
             )
-        if any(live.given.values()) and not self.program.result_needs_grad:
+        if more := [name for name, tensors in live.given.items() if tensors and name not in routine.needs_grad]:
             raise RunError(
-                f"{self.program.result} needs a gradient, and did not when the model was captured; plan with the "
-                "parameters that are to be trained requiring gradients"
+                f"{more[0]} needs a gradient, and did not when the model was captured; plan with the parameters that "
+                "are to be trained requiring gradients"
             )
         if training:
             self._live[microbatch] = live
             self.peak_live = max(self.peak_live, len(self._live))
-        return {self.program.result or "output": output}
+        return results
 
     def _frozen(self, output: Any) -> Any:
         """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
@@ -98,7 +107,11 @@ class StageRunner:
                 return tensor
             return tensor.detach().clone().requires_grad_(tensor.requires_grad)
 
-        return pytree.tree_map_only(Tensor, copy, output)
+        return trees.map_tensors(copy, output)
+
+    def learn(self, number: int, routine: Routine) -> None:
+        """Adds what to do where another recording is to be replayed."""
+        self.routines[number] = routine.to(self.device)
 
     def backward(self, microbatch: int, grads: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
         """Runs backward from the gradients of the values given, and returns those of the values received.
@@ -169,8 +182,7 @@ class StageRunner:
 
         def look(name: str) -> Any:
             def hook(_module: nn.Module, _inputs: Any, output: Any) -> None:
-                leaves = [leaf for leaf in pytree.tree_leaves(output) if isinstance(leaf, Tensor)]
-                if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in leaves):
+                if not found and not all(bool(torch.isfinite(leaf).all()) for leaf in trees.tensors_of(output)):
                     found.append(name)
 
             return hook
@@ -187,4 +199,4 @@ class StageRunner:
 
 
 def _needing_grad(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    return [leaf for leaf in trees.tensors_of(tree) if leaf.requires_grad]

@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
+from modelpar.capture import trees
 from modelpar.capture.cut import StageProgram
 from modelpar.capture.objective import loss_of
 from modelpar.run import wire
@@ -42,10 +42,11 @@ _SPLITS = 3
 class SweepWork:
     """How to time programs, of which the last does nothing: it tells what a stage costs besides its layers."""
 
-    sources: tuple[int, ...]
-    """Per program, the position of an earlier one whose output it takes; −1 is the batch."""
+    sources: tuple[dict[str, tuple[int, str]], ...]
+    """Per program, for each value it takes, the position of an earlier one that gives such a value, and its name there;
+    −1 is the batch."""
     microbatch: dict[str, Any]
-    """The batch's values by name: inputs and targets."""
+    """The batch's tensors by name."""
     num_samples: int
     num_microbatches: int
     """Per step."""
@@ -167,9 +168,9 @@ class _Runs:
         self._context = RunContext("train", 0, (work.num_samples,) * work.num_microbatches)
         self._owned = [list(program.owned_parameters().items()) for program in programs]
         self._optimizers = [_optimizer(work.optimizer, named) for named in self._owned]
-        self._outputs: list[Any] = [None] * len(programs)
-        self._seeds: list[list[Tensor | None]] = [[] for _ in programs]
-        """Per unit, gradients for what it gives: those of the unit behind it, where there was one."""
+        self._outputs: list[dict[str, Any]] = [{} for _ in programs]
+        self._seeds: list[dict[str, list[Tensor | None]]] = [{} for _ in programs]
+        """Per unit, gradients for what it gives: those of a unit that takes it, where there was one."""
 
     def step(self) -> list[_Step]:
         """Runs one step and returns what each unit took."""
@@ -184,26 +185,25 @@ class _Runs:
 
     def _forward(self, microbatch: int, seconds: list[list[float]]) -> None:
         for unit, runner in enumerate(self._runners):
-            source = self._work.sources[unit]
-            values = _values(runner.program, self._batch, self._outputs[source] if source >= 0 else None)
+            values = _values(self._work.sources[unit], self._batch, self._outputs)
             start = self._clock()
             results = runner.forward(microbatch, values, self._context)
             seconds[unit].append(self._clock() - start)
-            self._outputs[unit] = results.get(runner.program.result or "")
-            if not self._seeds[unit]:
-                self._seeds[unit] = [torch.ones_like(t) for t in _tensors(self._outputs[unit]) if t.requires_grad]
+            self._outputs[unit] = {name: results[name] for name in runner.routines[0].gives}
+            for name, value in self._outputs[unit].items():
+                if name not in self._seeds[unit] and name in runner.routines[0].needs_grad:
+                    tensors = [t for t in trees.tensors_of(value) if t.requires_grad]
+                    self._seeds[unit][name] = [torch.ones_like(t) for t in tensors]
 
     def _backward(self, microbatch: int, seconds: list[list[float]]) -> None:
         for unit in reversed(range(len(self._runners))):
-            program = self._runners[unit].program
-            grads = {program.result: self._seeds[unit]} if program.result else {}
             start = self._clock()
-            found = self._runners[unit].backward(microbatch, grads)
+            found = self._runners[unit].backward(microbatch, self._seeds[unit])
             seconds[unit].append(self._clock() - start)
             self._runners[unit].losses.clear()
-            source = self._work.sources[unit]
-            if source == unit - 1 >= 0:
-                self._seeds[source] = found[program.source]
+            for taken, (source, name) in self._work.sources[unit].items():
+                if source == unit - 1 >= 0 and name in self._seeds[source] and found[taken]:
+                    self._seeds[source][name] = found[taken]
 
     def _end(self, unit: int) -> tuple[float, float]:
         """Ends a step as `Update` does, without the other ranks; returns the seconds of reducing and of updating."""
@@ -225,7 +225,8 @@ class _Runs:
     def optimizer_bytes(self, unit: int) -> int:
         """Returns the bytes of what the optimizer keeps for a unit's parameters."""
         optimizer = self._optimizers[unit]
-        return sum(t.numel() * t.element_size() for t in _tensors([*optimizer.state.values()])) if optimizer else 0
+        kept = trees.tensors_of([*optimizer.state.values()]) if optimizer else []
+        return sum(t.numel() * t.element_size() for t in kept)
 
 
 def _optimizer(factory: OptimizerFactory | None, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
@@ -240,18 +241,20 @@ def _input_shares(
 ) -> list[float]:
     """Returns, per program, which share of its backward the gradients of its inputs take when asked for alone."""
     batch = wire.unpack(work.microbatch, device)
-    outputs: list[Any] = []
+    outputs: list[dict[str, Any]] = []
     shares = []
-    for program, source in zip(programs, work.sources, strict=True):
+    for program, sources in zip(programs, work.sources, strict=True):
         program.module.to(device)
+        routine = program.routines[0].to(device)
         weights = [parameter for parameter in program.module.parameters() if parameter.requires_grad]
         alone = []
         for _ in range(_SPLITS):
-            values = _values(program, batch, outputs[source] if source >= 0 else None)
-            output = program(values)
-            if program.result is None:
-                output = loss_of(program.loss, output, values["targets"], work.num_samples).total
-            inputs, given = ([t for t in _tensors(tree) if t.requires_grad] for tree in (values, output))
+            values = _values(sources, batch, outputs)
+            output = routine.run(program.module, values)
+            if program.is_last:
+                total = loss_of(program.loss, output["output"], output["targets"], work.num_samples).total
+                output = {**{name: output[name] for name in routine.gives}, "loss": total}
+            inputs, given = ([t for t in trees.tensors_of(tree) if t.requires_grad] for tree in (values, output))
             seeds = [torch.ones_like(t) for t in given]
             if not given or not inputs or not weights:
                 alone.append(1.0 if inputs else 0.0)
@@ -266,10 +269,14 @@ def _input_shares(
     return shares
 
 
-def _values(program: StageProgram, batch: dict[str, Any], output: Any) -> dict[str, Any]:
-    """Returns what a program takes: the batch's values, and another program's output as a leaf of a new graph."""
-    value = batch["inputs"] if program.source == "inputs" else wire.detach(output)
-    return {program.source: value, **({} if program.result else {"targets": batch["targets"]})}
+def _values(
+    sources: dict[str, tuple[int, str]], batch: dict[str, Any], outputs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Returns what a program takes: the batch's values, and other programs' outputs as leaves of a new graph."""
+    return {
+        taken: batch[name] if source < 0 else wire.detach(outputs[source][name])
+        for taken, (source, name) in sources.items()
+    }
 
 
 def _clock(device: torch.device, num_threads: int) -> Callable[[], float]:
@@ -282,7 +289,3 @@ def _clock(device: torch.device, num_threads: int) -> Callable[[], float]:
 
         return synchronized
     return time.thread_time if num_threads == 1 else time.perf_counter
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

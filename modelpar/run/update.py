@@ -104,7 +104,7 @@ class Update:
         self._graph = replace(plan.stage_graph, clips=settings.max_norm is not None)
         self._max_norm = settings.max_norm
         self._runners, self._exchange = runners, exchange
-        self._order = [p.name for layer in plan.graph.layers for p in layer.parameters if not p.buffer]
+        self._order = plan.graph.parameters
         """The FQNs of all parameters in the order of `model.parameters()`."""
         self._owned = {stage: runner.program.owned_parameters() for stage, runner in runners.items()}
         named = [pair for owned in self._owned.values() for pair in owned.items()]

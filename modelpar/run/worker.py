@@ -62,6 +62,7 @@ class Worker:
         commands: dict[str, Callable[..., Any]] = {
             "load": self._load,
             "unload": self._unload,
+            "learn": self._learn,
             RUN: self._run,
             "sweep": self._sweep,
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
@@ -107,6 +108,9 @@ class Worker:
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
         self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)
+
+    def _learn(self, pipeline: int, recording: wire.Parcel) -> None:
+        self._executors[pipeline].learn(*wire.receive(recording))
 
     def _unload(self, pipeline: int) -> None:
         self._active = None

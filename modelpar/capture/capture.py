@@ -1,0 +1,314 @@
+"""Captures an objective: runs its model once on a micro-batch, and checks that replaying the recording is the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modelpar.capture import trees
+from modelpar.capture.cut import cut_routine
+from modelpar.capture.graph import Layers, build_graph
+from modelpar.capture.objective import Batch, Objective, batch_size, loss_of, own_loss, run
+from modelpar.capture.recording import Node, Recording, Ref, State, Template, signature
+from modelpar.capture.survey import Grain, choose_leaves, outermost
+from modelpar.capture.tape import Tape, Trap, generator_states, set_generator_states
+from modelpar.errors import CaptureError, describe
+from modelpar.planning.graph import BATCH, ModelGraph
+
+MODES = ("train", "evaluate", "predict")
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What the capture found."""
+
+    recording: Recording
+    graph: ModelGraph
+
+
+def capture(
+    objective: Objective,
+    microbatch: Batch,
+    model: nn.Module | None = None,
+    *,
+    num_ranks: int = 2,
+    grain: Grain | None = None,
+) -> Captured:
+    """Returns the recording and the graph of an objective's model, from real forwards of a micro-batch.
+
+    Parameters, buffers, gradients and random generators are as before afterwards.
+
+    Raises CaptureError where the model or the loss fails on the micro-batch, where the model's own forward does what
+    cannot be followed, and for a loss that trains parameters of its own or draws random numbers; ConfigError for a
+    grain that names no module.
+    """
+    if isinstance(objective.loss, nn.Module) and any(p.requires_grad for p in objective.loss.parameters()):
+        raise CaptureError("the loss has parameters of its own, which nobody would train; expected them in the model")
+    grain = grain or Grain()
+    model = objective.build() if model is None else model
+    refuse(model)
+    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+        leaves = choose_leaves(model, lambda: _first_run(objective, model, microbatch), num_ranks, grain)
+    recording = record(objective, microbatch, model, leaves)
+    return Captured(recording, build_graph(recording, model, grain.keep_together))
+
+
+def record(
+    objective: Objective,
+    microbatch: Batch,
+    model: nn.Module,
+    leaves: frozenset[str],
+    mode: str = "train",
+    *,
+    may_close: bool = True,
+) -> Recording:
+    """Returns what a forward, and the loss, of a micro-batch do; "evaluate" and "predict" run in eval mode.
+
+    A module whose code cannot be followed is called whole, and so are the others of its class, where they `may_close`;
+    what cannot be followed in the model's own forward raises CaptureError.
+    """
+    retried = False
+    with untouched(model), _in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
+        states = generator_states()
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        while True:
+            set_generator_states(states)
+            try:
+                recording, output, targets = _record(objective, microbatch, model, leaves, mode)
+                break
+            except Trap as trap:
+                if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
+                    retried = True
+                    continue
+                if not trap.module or not may_close:
+                    where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
+                    line = f" ({trap.line})" if trap.line else ""
+                    raise CaptureError(
+                        f"{where} {trap.what}{line}, which cannot be replayed; expected that in a module of its own, "
+                        "which is then called whole"
+                    ) from None
+                kind = type(model.get_submodule(trap.module))
+                closed = {n for n, m in model.named_modules() if type(m) is kind and n} | {trap.module}
+                leaves = outermost(leaves | closed)
+        if objective.loss is not None and mode != "predict":
+            before = generator_states()
+            _loss(objective, output, targets, recording.num_samples)
+            if not all(map(torch.equal, before, generator_states())):
+                raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
+        set_generator_states(states)
+        with torch.no_grad():
+            for name, buffer in model.named_buffers():
+                buffer.copy_(buffers[name])
+        _check_replay(recording, model, output, microbatch)
+    return recording
+
+
+def _record(
+    objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str
+) -> tuple[Recording, Any, Any]:
+    inputs, targets = (trees.map_tensors(lambda t: t.detach().clone(), part) for part in microbatch)
+    tape = Tape(model, leaves)
+    own = objective.loss is None and mode != "predict"
+    takes_targets = objective.loss is not None and mode != "predict"
+
+    def finish(output: Any) -> Any:
+        loss = own_loss(output) if own else output
+        if own and (not isinstance(loss, Tensor) or loss.dim()):
+            _loss(objective, output, targets, 1)  # says what is wrong
+        return loss
+
+    def forward() -> Any:
+        try:
+            return run(model, inputs)
+        except Trap:
+            raise
+        except Exception as error:
+            if tape.trapped:  # the model's code made another error of it
+                raise tape.trapped from error
+            raise CaptureError(f"{tape.failure(error)}: {describe(error)}") from error
+
+    batch = leaf_names(inputs, targets if takes_targets else None)
+    samples = batch_size(inputs, objective.batch_dim)
+    recording, output = tape.record(forward, batch, samples, finish, targets if takes_targets else None)
+    recording = _pruned(recording)
+    made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
+    return replace(recording, signature=made_for), output, targets
+
+
+def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
+    """Returns the tensors of a batch by name: "inputs" or "inputs.<key>", and likewise of targets."""
+    found: dict[str, Tensor] = {}
+    for name, tree in (("inputs", inputs), ("targets", targets)):
+        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
+            if isinstance(leaf, Tensor):
+                found[".".join([name, *(str(_key(key)) for key in path)])] = leaf
+    return found
+
+
+def _key(key: Any) -> Any:
+    for name in ("key", "idx", "name"):
+        if hasattr(key, name):
+            return getattr(key, name)
+    return key
+
+
+def _pruned(recording: Recording) -> Recording:
+    """Leaves out functions that nobody needs, and views of changed memory that nobody looks at again."""
+    nodes = recording.nodes
+    wanted = {ref for template in recording.ends for ref in template.refs}
+    new: dict[int, Node] = {}
+    places: dict[Ref, Ref] = {}
+    """Where what a node wrote to is found afterwards."""
+    for number in reversed(range(len(nodes))):
+        node = nodes[number]
+        used = {ref.index for ref in wanted if ref.node == number}
+        lasting = (node.is_module and not node.free) or node.draws or any(isinstance(s, State) for s in node.writes)
+        if not used and not lasting:
+            continue
+        arguments = len(node.writes) - node.aliases
+        kept = [k for k in range(len(node.writes)) if k < arguments or -1 - k in used]
+        places |= {Ref(number, -1 - k): Ref(number, -1 - at) for at, k in enumerate(kept)}
+        new[number] = replace(
+            node,
+            writes=tuple(node.writes[k] for k in kept),
+            written=tuple(node.written[k] for k in kept),
+            aliases=len(kept) - arguments,
+        )
+        wanted |= set(new[number].takes)
+    free: set[int] = {BATCH}
+    uses = Counter(takes for node in new.values() for takes in {ref.node for ref in node.takes})
+    for number in sorted(new):  # a module whose output only one call takes is a layer like any other
+        node = new[number]
+        if node.free and {ref.node for ref in node.takes} <= free and not (node.is_module and uses[number] < 2):
+            free.add(number)
+        new[number] = replace(node, free=number in free)
+    order = {BATCH: BATCH} | {number: i for i, number in enumerate(sorted(new))}
+
+    def moved(leaf: Any) -> Any:
+        if type(leaf) is not Ref:
+            return leaf
+        place = places.get(leaf, leaf)
+        return Ref(order[place.node], place.index)
+
+    def template(found: Template) -> Template:
+        return Template(tuple(map(moved, found.leaves)), found.spec)
+
+    return replace(
+        recording,
+        nodes=tuple(
+            replace(
+                new[n],
+                args=template(new[n].args),
+                writes=tuple(map(moved, new[n].writes)),
+                touches=tuple(moved(ref) for ref in new[n].touches if ref.node in order),
+            )
+            for n in sorted(new)
+        ),
+        output=template(recording.output),
+        targets=recording.targets and template(recording.targets),
+        guards=tuple(replace(guard, args=template(guard.args)) for guard in recording.guards),
+        together=tuple((order[i], order[j]) for i, j in recording.together if i in order and j in order),
+    )
+
+
+def _check_replay(recording: Recording, model: nn.Module, output: Any, microbatch: Batch) -> None:
+    """Raises CaptureError unless replaying gives the same output, to the bit."""
+    routine = cut_routine(recording, (0, len(Layers(recording).nodes)), 0)
+    inputs, targets = (trees.map_tensors(lambda t: t.detach().clone(), part) for part in microbatch)
+    values = leaf_names(inputs, targets)
+    try:
+        found = routine.run(model, {name: values[name] for name in routine.takes})["output"]
+    except Exception as error:
+        raise CaptureError(f"the recording cannot be replayed: {describe(error)}") from error
+    ours, theirs = trees.leaves_of(found), trees.leaves_of(output)
+    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+        if isinstance(b, Tensor) and not _same(a, b):
+            node = next((n for n in recording.output.refs[i : i + 1]), None)
+            what = recording.nodes[node.node].name if node and node.node != BATCH else "the batch"
+            raise CaptureError(
+                f"replaying the recording gives another output than the model ({what}): its forward depends on "
+                "something that cannot be seen; expected a forward that depends on its inputs and weights only"
+            )
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    if a.shape != b.shape or a.dtype != b.dtype or a.requires_grad != b.requires_grad:
+        return False
+    a, b = a.detach(), b.detach()
+    return torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all())
+
+
+def refuse(model: nn.Module) -> None:
+    """Raises CaptureError for what a stage in another process would lose."""
+    if type(model).forward is nn.Sequential.forward and not len(model._modules):
+        raise CaptureError("the model is an empty nn.Sequential; expected at least one layer")
+    for name, parameter in model.named_parameters():
+        if isinstance(parameter, nn.parameter.UninitializedTensorMixin):
+            raise CaptureError(f"{name} has no shape yet; expected a model with lazy layers to have run once")
+        if parameter._backward_hooks or getattr(parameter, "_post_accumulate_grad_hooks", None):
+            raise CaptureError(f"{name} has a hook, which its stage would not have; expected hooks on modules only")
+    if model._forward_hooks or model._forward_pre_hooks or model._backward_hooks or model._backward_pre_hooks:
+        raise CaptureError(
+            f"the model itself, a {type(model).__name__}, has a hook, and nobody calls it whole; expected hooks on the "
+            "modules inside it"
+        )
+
+
+def _first_run(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
+    """Runs the forward once."""
+    inputs = trees.map_tensors(lambda t: t.detach().clone(), microbatch[0])
+    try:
+        run(model, inputs)
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(inputs)) or "no tensors"
+        raise CaptureError(f"the model failed on the example batch, inputs {shapes}: {describe(error)}") from error
+
+
+def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:
+    try:
+        loss_of(objective.loss, output, targets, num_samples)
+    except CaptureError:
+        raise
+    except Exception as error:
+        shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(output)) or "no tensors"
+        raise CaptureError(f"the loss failed on the example batch, outputs {shapes}: {describe(error)}") from error
+
+
+@contextmanager
+def untouched(model: nn.Module) -> Iterator[None]:
+    """Restores buffers, gradients and random generators on leaving."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
+    for parameter, _ in grads:
+        parameter.grad = None
+    with torch.random.fork_rng():
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers:
+                        buffer.copy_(buffers[name])
+            for parameter, grad in grads:
+                parameter.grad = grad
+
+
+@contextmanager
+def _in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Puts all modules into eval mode unless the model is to train, and back."""
+    before = [(module, module.training) for module in model.modules()]
+    if mode != "train":
+        for module, _ in before:
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,90 @@
+"""Pytrees of tensors: torch's own, and instances of dataclasses that torch does not know."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+
+class Spec(NamedTuple):
+    """The shape of a tree, without its leaves."""
+
+    spec: pytree.TreeSpec
+    inner: tuple[tuple[int, Any, tuple[str, ...], Any], ...] = ()
+    """Leaves that are dataclasses: position, an empty instance, fields, the Spec of their values, and how many."""
+
+    def __reduce__(self) -> Any:
+        """Pickles a tree of that shape: torch's own specs warn when they are unpickled."""
+        inside = sum(count - 1 for _, _, _, (_, count) in self.inner)
+        return _spec_of, (unflatten([0] * (self.spec.num_leaves + inside), self),)
+
+
+def flatten(tree: Any) -> tuple[list[Any], Spec]:
+    """Returns a tree's leaves, those in dataclasses included, and what is left without them."""
+    leaves, spec = pytree.tree_flatten(tree)
+    if not any(_is_record(leaf) for leaf in leaves):
+        return leaves, Spec(spec)
+    found: list[Any] = []
+    inner = []
+    for i, leaf in enumerate(leaves):
+        if not _is_record(leaf):
+            found.append(leaf)
+            continue
+        names = tuple(field.name for field in dataclasses.fields(leaf))
+        values, below = flatten([getattr(leaf, name) for name in names])
+        empty = copy.copy(leaf)
+        for name in names:
+            object.__setattr__(empty, name, None)
+        inner.append((i, empty, names, (below, len(values))))
+        found += values
+    return found, Spec(spec, tuple(inner))
+
+
+def _spec_of(tree: Any) -> Spec:
+    return flatten(tree)[1]
+
+
+def unflatten(leaves: list[Any], spec: Spec) -> Any:
+    """Puts leaves back into their tree."""
+    if not spec.inner:
+        return pytree.tree_unflatten(leaves, spec.spec)
+    records = {i: rest for i, *rest in spec.inner}
+    source = iter(leaves)
+    outer = []
+    for i in range(spec.spec.num_leaves):
+        if i not in records:
+            outer.append(next(source))
+            continue
+        empty, names, (below, count) = records[i]
+        record = copy.copy(empty)
+        for name, value in zip(names, unflatten([next(source) for _ in range(count)], below), strict=True):
+            object.__setattr__(record, name, value)
+        outer.append(record)
+    return pytree.tree_unflatten(outer, spec.spec)
+
+
+def leaves_of(tree: Any) -> list[Any]:
+    """Returns a tree's leaves."""
+    return [tree] if isinstance(tree, Tensor) else flatten(tree)[0]
+
+
+def tensors_of(tree: Any) -> list[Tensor]:
+    """Returns a tree's tensors."""
+    return [leaf for leaf in leaves_of(tree) if isinstance(leaf, Tensor)]
+
+
+def map_tensors(function: Callable[[Tensor], Any], tree: Any) -> Any:
+    """Returns the tree with a function applied to its tensors."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    leaves, spec = flatten(tree)
+    return unflatten([function(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
+
+
+def _is_record(leaf: Any) -> bool:
+    return dataclasses.is_dataclass(leaf) and not isinstance(leaf, (type, Tensor))

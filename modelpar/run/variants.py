@@ -1,0 +1,152 @@
+"""Which recording a micro-batch replays: Variants, the controller's memory of what the model does with which inputs.
+
+A model's code may branch on shapes, on plain values, on what a mask holds, and on whether it trains. So a recording is
+used only for micro-batches of the same shapes and plain values (its signature) whose guards, evaluated on their own
+inputs, come out the same. Anything else is recorded when it is met: one more forward, here, of the unsplit model.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from modelpar.capture import trees
+from modelpar.capture.capture import leaf_names, record
+from modelpar.capture.cut import Routine, cut_routine
+from modelpar.capture.graph import Layers, build_graph
+from modelpar.capture.objective import Batch, Objective
+from modelpar.capture.recording import Recording, Ref, State, signature
+from modelpar.errors import CaptureError
+from modelpar.planning.graph import BATCH, ModelGraph, StageGraph
+from modelpar.planning.plan import Plan
+
+
+class Variant(NamedTuple):
+    """A recording, split as the plan says."""
+
+    number: int
+    graph: StageGraph
+    routines: tuple[Routine, ...]
+    """One per stage."""
+
+
+class Variants:
+    """All recordings of an objective's model so far."""
+
+    def __init__(self, objective: Objective, plan: Plan, build: Callable[[], nn.Module]):
+        """`build` returns the unsplit model; it is called only when there is something to record."""
+        self._objective, self._plan, self._build = objective, plan, build
+        self._known: defaultdict[Any, list[tuple[Recording, Variant]]] = defaultdict(list)
+        self._count = 0
+        self._checked = False
+        made_from, recording = plan.captured or (None, None)
+        self._given: Recording | None = recording if made_from is objective.model else None
+        """What the plan was made from, not looked at yet."""
+
+    def find(self, mode: str, microbatch: Batch) -> Variant | None:
+        """Returns the variant that a micro-batch replays, if it is known; `mode` is one of capture.MODES."""
+        known = self._known.get(self._signature(mode, microbatch), [])
+        return next((variant for recording, variant in known if self._holds(recording, microbatch)), None)
+
+    def add(self, mode: str, microbatch: Batch) -> Variant:
+        """Records what the model does with a micro-batch.
+
+        Raises PlanMismatch where the plan was made for another model, and CaptureError where the model cannot be
+        recorded, or does its work in an order that does not fit the stages.
+        """
+        if self._given is not None and self._given.signature == self._signature(mode, microbatch):
+            recording, self._given = self._given, None
+            if self._holds(recording, microbatch):
+                return self._split(recording, mode)
+        leaves = frozenset(name for layer in self._plan.graph.layers for name in layer.modules)
+        return self._split(record(self._objective, microbatch, self._build(), leaves, mode, may_close=False), mode)
+
+    def _split(self, recording: Recording, mode: str) -> Variant:
+        plan, model = self._plan, self._build()
+        graph = build_graph(recording, model)
+        if mode == "train" and not self._checked:
+            plan.check_model(graph)
+            self._checked = True
+        bounds = self._bounds(graph, mode)
+        stages = replace(graph.stages(bounds, plan.tied == "exact"), tied=plan.stage_graph.tied)
+        layers = Layers(recording)
+        routines = tuple(cut_routine(recording, bounds, stage, layers) for stage in range(plan.num_stages))
+        for stage, routine in enumerate(routines):
+            self._check_has(stage, routine, mode)
+        variant = Variant(self._count, stages, routines)
+        self._count += 1
+        self._known[recording.signature].append((recording, variant))
+        return variant
+
+    def _signature(self, mode: str, microbatch: Batch) -> Any:
+        inputs, targets = microbatch
+        takes_targets = mode != "predict" and self._objective.loss is not None
+        return signature(mode, inputs, targets if takes_targets else None, self._plan.graph.straight)
+
+    def _holds(self, recording: Recording, microbatch: Batch) -> bool:
+        """Tells whether the guards of a recording come out as they did when it was made."""
+        if not recording.guards:
+            return True
+        values = leaf_names(*microbatch)
+        model = self._build()
+        env: dict[Ref, Any] = {Ref(BATCH, i): values[name] for i, name in enumerate(recording.batch)}
+
+        def get(leaf: Any) -> Any:
+            return model.get_parameter(leaf.name) if isinstance(leaf, State) else env[leaf]
+
+        done: set[int] = set()
+        with torch.no_grad():
+            for guard in recording.guards:
+                for number in recording.needed(guard.args.refs):
+                    if number in done:
+                        continue
+                    done.add(number)
+                    node = recording.nodes[number]
+                    args, kwargs = node.args.fill(get)
+                    written = [get(leaf) for leaf in node.writes]
+                    target = model.get_submodule(node.target) if isinstance(node.target, str) else node.target
+                    output = target(*args, **kwargs)
+                    env |= {Ref(number, i): leaf for i, leaf in enumerate(trees.leaves_of(output))}
+                    env |= {Ref(number, -1 - k): value for k, value in enumerate(written)}
+                    env[Ref(number, None)] = output
+                args, kwargs = guard.args.fill(get)
+                if guard.function(*args, **kwargs) != guard.outcome:
+                    return False
+        return True
+
+    def _bounds(self, graph: ModelGraph, mode: str) -> tuple[int, ...]:
+        """Returns where the plan's stages begin among a recording's layers, which may be others than the plan's."""
+        partition = self._plan.partition
+        home = {
+            self._plan.graph.layers[i].name: stage
+            for stage in range(partition.num_stages)
+            for i in partition.layers(stage)
+        }
+        stages: list[int] = []
+        for layer in graph.layers:
+            stages.append(home.get(layer.name, stages[-1] if stages else 0))
+        if stages != sorted(stages) or stages[-1] != partition.num_stages - 1:
+            raise CaptureError(
+                f"to {mode} on this batch the model calls its layers in another order than when it was planned "
+                f"({', '.join(layer.name for layer in graph.layers[:8])}, …), which does not fit the stages; expected "
+                "the same order, or a plan made for this batch"
+            )
+        return tuple(sum(s < stage for s in stages) for stage in range(partition.num_stages + 1))
+
+    def _check_has(self, stage: int, routine: Routine, mode: str) -> None:
+        """Raises CaptureError where a stage would need a module or tensor that it was not given."""
+        layers = [self._plan.graph.layers[i] for i in self._plan.partition.layers(stage)]
+        modules = {name for layer in layers for name in layer.modules}
+        states = {parameter.name for layer in layers for parameter in layer.parameters}
+        needed = {step.node.name for step in routine.steps if step.node.is_module} - modules
+        needed |= {state.name for step in routine.steps for state in step.node.args.states} - states
+        if needed:
+            raise CaptureError(
+                f"to {mode} on this batch stage {stage} would need {min(needed)}, which it does not use when the model "
+                "trains as planned; expected a plan made for such a batch"
+            )
