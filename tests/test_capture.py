@@ -9,8 +9,9 @@ import torch.nn.functional as F
 from layers import Counter, Many, Nest, One, OwnLoss, Shared, fail
 from torch import nn
 
-from modelpar.capture import profiler, sequential
-from modelpar.capture.cut import cut_stage
+from modelpar.capture import profiler
+from modelpar.capture.capture import capture
+from modelpar.capture.cut import cut_routine, cut_stage
 from modelpar.capture.objective import Objective
 from modelpar.errors import CaptureError
 from modelpar.models import convnet, gpt, mlp
@@ -28,7 +29,13 @@ SMALL = {
 
 def captured(layers, inputs, targets=None, loss=lambda output, _: output.float().mean()):
     model = nn.Sequential(*layers)
-    return sequential.capture(Objective(model, loss), (inputs, inputs if targets is None else targets), model)
+    return capture(Objective(model, loss), (inputs, inputs if targets is None else targets), model).graph
+
+
+def structure(name, model=None):
+    made, batch, loss = SMALL[name]()
+    model = made if model is None else model
+    return capture(Objective(model, loss), batch, model).graph
 
 
 def test_layers_values_and_sizes():
@@ -85,11 +92,11 @@ def test_weights_buffers_gradients_and_generators_are_as_before(name, act):
     if act == "failing":
         broken = nn.Sequential(OrderedDict([*model.named_children(), ("bad", bad)]))
         with pytest.raises(CaptureError):
-            sequential.capture(objective, batch, broken)
+            capture(objective, batch, broken)
     else:
-        graph = sequential.capture(objective, batch, model)
+        found = capture(objective, batch, model)
         if act != "capture":
-            profiler.count(objective, graph, batch, model)
+            profiler.count(objective, found, batch, model)
     assert torch.equal(torch.get_rng_state(), generator)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key]), key
@@ -101,11 +108,13 @@ def test_weights_buffers_gradients_and_generators_are_as_before(name, act):
     assert model.training
 
 
-def test_layers_that_write_to_what_they_receive_are_found():
+def test_values_that_a_stage_writes_to_are_found():
     layers = [nn.Linear(4, 4), nn.Flatten(), nn.Identity(), nn.ReLU(inplace=True), nn.ReLU(), nn.Dropout(0.3, True)]
-    graph = captured([*layers, nn.Linear(4, 4)], torch.randn(3, 4))
+    model, batch = nn.Sequential(*layers, nn.Linear(4, 4)), (torch.randn(3, 4), torch.randn(3, 4))
+    recording = capture(Objective(model, F.mse_loss), batch, model).recording
     # the two before it hand on the very memory that it writes to
-    assert [layer.writes_input for layer in graph.layers] == [False, True, True, True, False, True, False]
+    written = [bool(cut_routine(recording, (0, cut, 7), 1).cloned) for cut in range(1, 7)]
+    assert written == [True, True, True, False, True, False]
 
 
 def test_no_cut_between_two_uses_of_a_module_with_buffers_or_draws():
@@ -120,13 +129,13 @@ def test_no_cut_between_two_uses_of_a_module_with_buffers_or_draws():
 
 
 def test_ties_are_found_with_their_names_and_layers():
-    graph = sequential.structure(SMALL["gpt"]()[0])
+    graph = structure("gpt")
     (tie,) = graph.tied
     assert tie.names == ("embed.token.weight", "head.token.weight")
     assert tie.layers == (0, 3)
     assert tie.bytes == 16 * 8 * 4
     shared = nn.Linear(4, 4)
-    ties = sequential.structure(nn.Sequential(shared, nn.Tanh(), shared)).tied
+    ties = captured([shared, nn.Tanh(), shared], torch.randn(3, 4)).tied
     assert [tie.names for tie in ties] == [("0.weight", "2.weight"), ("0.bias", "2.bias")]
 
 
@@ -138,33 +147,26 @@ def test_values_that_need_no_gradient_are_marked():
 
 def test_the_hash_is_of_the_structure_and_of_nothing_else():
     model = SMALL["gpt"]()[0]
-    first = sequential.structure(model).hash
-    assert sequential.structure(SMALL["gpt"]()[0]).hash == first
-    assert sequential.structure(SMALL["mlp"]()[0]).hash != first
+    first = structure("gpt", model).hash
+    assert structure("gpt").hash == first
+    assert structure("mlp").hash != first
     untied = copy.deepcopy(model)
     untied[-1].token.weight = nn.Parameter(untied[-1].token.weight.clone())
-    assert sequential.structure(untied).hash != first
-    assert sequential.structure(model.requires_grad_(False)).hash != first
-
-
-class Own(nn.Sequential):
-    def forward(self, x):
-        return super().forward(x) + x
+    assert structure("gpt", untied).hash != first
+    assert structure("gpt", model.requires_grad_(False)).hash != first
 
 
 @pytest.mark.parametrize(
     ("model", "message"),
     [
-        (nn.Linear(2, 2), "the model is a Linear; expected an nn.Sequential"),
         (nn.Sequential(), "the model is an empty nn.Sequential; expected at least one layer"),
-        (nn.ModuleList([nn.Linear(2, 2)]), "the model is a ModuleList; expected"),
-        (Own(nn.Linear(2, 2)), "the model is a Own; expected"),
+        (nn.ModuleList([nn.Linear(2, 2)]), "the model failed on the example batch, .*is missing the required"),
         (lambda: 3, "the model factory returned int; expected a torch.nn.Module"),
         (
             nn.Sequential(nn.Linear(2, 2), nn.Linear(3, 2)),
             r"layer 1 \(Linear\) failed .*, input \[2, 2\]",
         ),
-        (nn.Sequential(OwnLoss("tuple")), "layer 0 .* CaptureError: the loss is a tuple; expected a scalar tensor"),
+        (nn.Sequential(OwnLoss("tuple")), "the loss is a tuple; expected a scalar tensor"),
     ],
 )
 def test_models_that_cannot_be_read_are_refused_in_one_line(model, message):
@@ -181,10 +183,10 @@ def test_the_flops_profile_is_free_of_noise_and_counts_what_torch_counts(name):
     torch.manual_seed(0)
     model, batch, loss = SMALL[name]()
     objective = Objective(model, loss)
-    graph = sequential.capture(objective, batch, model)
-    profile = profiler.count(objective, graph, batch, model).profile
-    assert profiler.count(objective, graph, batch, model).profile == profile
-    assert [cost.name for cost in profile.layers] == [layer.name for layer in graph.layers]
+    found = capture(objective, batch, model)
+    profile = profiler.count(objective, found, batch, model).profile
+    assert profiler.count(objective, found, batch, model).profile == profile
+    assert [cost.name for cost in profile.layers] == [layer.name for layer in found.graph.layers]
     assert (profile.microbatch_size, profile.source, profile.measured_at) == (4, "flops", "")
     with FlopCounterMode(display=False) as counter:
         loss(model(batch[0]), batch[1]).backward()
@@ -208,7 +210,7 @@ def test_saved_bytes_are_a_union_over_storages():
     model = nn.Sequential(nn.Linear(8, 8), Twice(), nn.Tanh())
     batch = (torch.randn(4, 8), torch.randn(4, 8))
     objective = Objective(model, F.mse_loss)
-    profile = profiler.count(objective, sequential.capture(objective, batch, model), batch, model).profile
+    profile = profiler.count(objective, capture(objective, batch, model), batch, model).profile
     assert profile.layers[1].saved_bytes == 4 * 8 * 4
     assert profile.layers[1].output_bytes == 4 * 8 * 4
 
@@ -224,7 +226,7 @@ def test_what_a_layer_keeps_and_needs_for_a_moment():
     batch = (torch.randn(4, 8), torch.randn(4, 8))
     objective = Objective(model, F.mse_loss)
     linear, halves, view, last = profiler.count(
-        objective, sequential.capture(objective, batch, model), batch, model
+        objective, capture(objective, batch, model), batch, model
     ).profile.layers
     size = 4 * 8 * 4
     assert linear.kept_bytes == size  # its output: the next layer may need it
@@ -250,8 +252,8 @@ def test_layers_that_differ_only_in_a_setting_are_measured_each():
     model = nn.Sequential(nn.Linear(64, 64), Repeat(1), Repeat(50), nn.Linear(64, 3))
     batch = (torch.randn(32, 64), torch.randint(3, (32,)))
     objective = Objective(model, F.cross_entropy)
-    graph = sequential.capture(objective, batch, model)
-    one, fifty = profiler.count(objective, graph, batch, model).profile.layers[1:3]
+    found = capture(objective, batch, model)
+    one, fifty = profiler.count(objective, found, batch, model).profile.layers[1:3]
     assert fifty.flops > 30 * one.flops
 
 
@@ -268,21 +270,24 @@ def test_stages_hold_the_layers_of_the_model_under_their_names(name):
         profile="flops",
         partitioner=partitioners.uniform,
     )
-    programs = [cut_stage(model, loss, decided, stage) for stage in range(3)]
+    bounds, recording = decided.partition.bounds, decided.captured[1]
+    layers = [decided.partition.layers(stage) for stage in range(3)]
+    programs = [cut_stage(model, decided.graph, decided.stage_graph, layers[s], s, loss) for s in range(3)]
     names = [name for program in programs for name in program.module.state_dict()]
     assert names == list(model.state_dict())
     owned = [name for program in programs for name in program.owned_parameters()]
     assert sorted(owned) == sorted(name for name, _ in model.named_parameters())  # each by one stage
     assert [program.loss is not None for program in programs] == [False, False, True]
     model.eval()
-    value = batch[0]
-    for program in programs:
-        value = program({program.source: value})
-    assert torch.equal(value, model(batch[0]))
+    values = dict(zip(("inputs", "targets"), batch, strict=True))
+    for stage, program in enumerate(programs):
+        routine = cut_routine(recording, bounds, stage)
+        values |= routine.run(program.module, values)
+    assert torch.equal(values["output"], model(batch[0]))
 
 
 def test_a_counter_in_a_buffer_is_restored():
     model = nn.Sequential(nn.Linear(4, 4), Counter())
     objective = Objective(model, F.mse_loss)
-    sequential.capture(objective, (torch.randn(2, 4), torch.randn(2, 4)), model)
+    capture(objective, (torch.randn(2, 4), torch.randn(2, 4)), model)
     assert model[1].calls == 0

@@ -297,7 +297,7 @@ def test_a_loss_of_the_wrong_shape():
     assert message.endswith(
         "CaptureError: the loss is a tensor of shape [2]; expected a scalar tensor, the mean over samples"
     )
-    with pytest.raises(CaptureError, match=r"layer 3 \(Linear\) failed .* input \[2, 8\]: .* tensor of shape \[2\]"):
+    with pytest.raises(CaptureError, match=r"the loss is a tensor of shape \[2\]; expected a scalar tensor"):
         make_plan(Objective(objective.model, loss), bad)
 
 

@@ -21,7 +21,7 @@ GRAPH = ModelGraph(
     layers=(
         Layer("embed", "Embedding", (WEIGHT,)),
         Layer("a", "Linear", (Parameter("a.weight", (4, 4), "float32", True),), draws=("a.dropout",)),
-        Layer("b", "BatchNorm1d", (Parameter("b.running_mean", (4,), "float32", False, buffer=True),), (), True),
+        Layer("b", "BatchNorm1d", (Parameter("b.running_mean", (4,), "float32", False, buffer=True),), (), ("b", "m")),
         Layer("head", "Linear", (replace(WEIGHT, name="head.weight"),)),
     ),
     values=(

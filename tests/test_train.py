@@ -20,7 +20,8 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from modelpar import Plan, load_into
 from modelpar import config as configs
-from modelpar.capture.sequential import structure
+from modelpar.capture.capture import capture
+from modelpar.capture.objective import Objective
 from modelpar.data.arrays import arrays
 from modelpar.errors import PlanMismatch
 from modelpar.models import convnet, gpt
@@ -153,14 +154,19 @@ def test_the_result_adds_up_over_the_stages(trained):
     assert sum(stage["parameters"] for stage in result["stages"]) == sum(p.numel() for p in model.parameters())
 
 
+def graph_of(width):
+    model, batch, loss = gpt.build(context=8, width=width, depth=2, heads=2)
+    return capture(Objective(model, loss), batch, model).graph
+
+
 def test_the_plan_is_that_of_the_model(trained):
     result, plan = result_of(trained[0]), Plan.load(trained[0] / "runs" / "run" / "plan.json")
     assert list(plan.partition.balance) == [stage["balance"] for stage in result["stages"]]
     assert plan.prediction.step_seconds == result["predicted_step_seconds"]
     assert plan.generator is not None  # saved as a name, not as a long list
-    plan.check_model(structure(gpt.build(context=8, width=16, depth=2, heads=2)[0]))
+    plan.check_model(graph_of(width=16))
     with pytest.raises(PlanMismatch, match="embed changed"):
-        plan.check_model(structure(gpt.build(context=8, width=32, depth=2, heads=2)[0]))
+        plan.check_model(graph_of(width=32))
 
 
 def test_the_configuration_trains_the_same_again(trained):

@@ -43,15 +43,17 @@ from modelpar.planning.graph import BATCH
 _PATCHING = threading.RLock()
 """nn.Module.__call__ and Function.apply are replaced while a tape runs: one at a time."""
 
-_DESCRIBES = frozenset(
-    (
-        "shape dtype device ndim layout is_cuda is_cpu is_meta is_sparse is_quantized is_nested is_mkldnn is_mps "  # noqa: SIM905
-        "is_xpu requires_grad grad_fn is_leaf itemsize nbytes names size dim ndimension numel nelement stride "
-        "storage_offset element_size is_contiguous is_floating_point is_complex is_signed is_same_size get_device type "
-        "len hash is_inference has_names is_pinned is_shared result_type promote_types can_cast is_tensor is_conj "
-        "is_neg is_storage output_nr version retains_grad is_coalesced dense_dim sparse_dim dir repr str format"
-    ).split()
-)
+# fmt: off
+_DESCRIBES = frozenset((
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
+    "is_nested", "is_mkldnn", "is_mps", "is_xpu", "requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes",
+    "names", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "type", "len",
+    "hash", "is_inference", "has_names", "is_pinned", "is_shared", "result_type", "promote_types", "can_cast",
+    "is_tensor", "is_conj", "is_neg", "is_storage", "output_nr", "version", "retains_grad", "is_coalesced",
+    "dense_dim", "sparse_dim", "dir", "repr", "str", "format",
+))
+# fmt: on
 """Functions that tell how a tensor is made, not what is in it."""
 
 _SHAPED_BY_VALUES = frozenset(
@@ -96,8 +98,8 @@ class Tape:
         self._state_memory = {memory: self._states[id(t)] for _, t in reversed(named) if (memory := _memory(t))}
         self._parameters = {n for n, _ in model.named_parameters(remove_duplicate=False)}
         self._refs: dict[int, Ref] = {}
-        self._origins: dict[int, Ref] = {}
-        """Where each tensor came from at first; what writes to it gives it a new Ref."""
+        self._places: dict[int, list[Ref]] = {}
+        """All Refs that each tensor has had: who writes to it, or hands it on as it is, gives it a new one."""
         self._trees: dict[int, tuple[int, list[int]]] = {}
         """Trees that hold more than tensors: the node that returned each, and the ids of its leaves."""
         self._alive: list[Any] = []
@@ -319,9 +321,7 @@ class Tape:
                 inside=self._path[-1],
                 line=line,
                 writes=tuple(self._leaf_of(t, line) for t in changed),
-                touches=tuple(
-                    dict.fromkeys(of[id(t)] for t in changed for of in (self._origins, self._refs) if id(t) in of)
-                ),
+                touches=tuple(ref for t in changed for ref in self._places.get(id(t), ())),
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),
                 aliases=len(changed) - len(written),
                 draws=tuple(dict.fromkeys(self._draws[drawn:])),
@@ -435,7 +435,7 @@ class Tape:
         """Remembers where a tensor comes from."""
         if id(tensor) not in self._refs:
             self._known.append(tensor)
-            self._origins[id(tensor)] = ref
+        self._places.setdefault(id(tensor), []).append(ref)
         self._refs[id(tensor)] = ref
 
     def _draw(self, number: int) -> None:

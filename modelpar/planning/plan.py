@@ -67,6 +67,10 @@ class Plan:
         if self.tied not in ("fast", "exact"):
             raise PlanError(f'tied is {self.tied!r}; expected "fast" or "exact"')
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Leaves out what the plan was made from, which belongs to this process."""
+        return {**vars(self), "captured": None}
+
     @property
     def num_ranks(self) -> int:
         """How many ranks run the plan."""

@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self
 
@@ -117,9 +117,7 @@ class Pipeline:
             self._number = self._workers.next_number()
             of_model = {id(t): name for name, t in (*model.named_parameters(), *model.named_buffers())}
             what = "the plan, the optimizer or the learning-rate schedule"
-            setup = wire.ship_as(
-                what, (replace(self._plan, captured=None), self._settings, Numerics.current()), of_model
-            )
+            setup = wire.ship_as(what, (self._plan, self._settings, Numerics.current()), of_model)
             tickets = []
             for rank in range(self._plan.num_ranks):
                 stages = [s for s, home in enumerate(self._plan.schedule.stage_to_rank) if home == rank]
