@@ -188,7 +188,7 @@ def _nothing() -> StageProgram:
     """Returns a stage that does nothing."""
     ref = Ref(BATCH, 0)
     routine = Routine((), {"inputs": ref}, {"nothing": ref}, frozenset(), frozenset(), None, None)
-    return StageProgram(-1, False, nn.Module(), ("nothing",), (), {}, (), None, {0: routine})
+    return StageProgram(-1, False, nn.Module(), ("nothing",), (), {}, (), routines={0: routine})
 
 
 def _mean(times: Sequence[UnitTimes]) -> UnitTimes:

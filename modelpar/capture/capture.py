@@ -75,7 +75,7 @@ def record(
     what cannot be followed in the model's own forward raises CaptureError.
     """
     retried = False
-    with untouched(model), _in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model), in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
         states = generator_states()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         while True:
@@ -227,15 +227,12 @@ def _check_replay(recording: Recording, model: nn.Module, output: Any, microbatc
         found = routine.run(model, {name: values[name] for name in routine.takes})["output"]
     except Exception as error:
         raise CaptureError(f"the recording cannot be replayed: {describe(error)}") from error
-    ours, theirs = trees.leaves_of(found), trees.leaves_of(output)
-    for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
-        if isinstance(b, Tensor) and not _same(a, b):
-            node = next((n for n in recording.output.refs[i : i + 1]), None)
-            what = recording.nodes[node.node].name if node and node.node != BATCH else "the batch"
-            raise CaptureError(
-                f"replaying the recording gives another output than the model ({what}): its forward depends on "
-                "something that cannot be seen; expected a forward that depends on its inputs and weights only"
-            )
+    ours, theirs = trees.tensors_of(found), trees.tensors_of(output)
+    if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
+        raise CaptureError(
+            "replaying what the model did gives another output: its forward depends on something that cannot be seen; "
+            "expected a forward that depends on its inputs and weights only"
+        )
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -301,7 +298,7 @@ def untouched(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
     """Puts all modules into eval mode unless the model is to train, and back."""
     before = [(module, module.training) for module in model.modules()]
     if mode != "train":

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.capture import trees
-from modelpar.capture.graph import Layers
+from modelpar.capture.graph import Layers, first_names
 from modelpar.capture.recording import PLACEHOLDER, Held, Node, Recording, Ref, Settings, State, Template
 from modelpar.errors import RunError
 from modelpar.planning.graph import ModelGraph, StageGraph
@@ -130,14 +130,20 @@ class StageProgram:
     """The FQN by which this stage knows each tensor that other stages use too, by the owner's FQN."""
     copies: tuple[str, ...]
     """Those of them, by this stage's FQN, that another stage owns."""
+    first_names: dict[str, str] = field(default_factory=dict)
+    """How the model first names what this stage knows by another name."""
     loss: Callable[[Any, Any], Any] | None = None
     """Only on the last stage."""
     routines: dict[int, Routine] = field(default_factory=dict)
     """By number of the recording that they replay a part of."""
 
     def owned_parameters(self) -> dict[str, nn.Parameter]:
-        """Returns the trainable parameters that this stage updates, by FQN."""
-        return {n: p for n, p in self.module.named_parameters() if p.requires_grad and n not in self.copies}
+        """Returns the trainable parameters that this stage updates, by the names that the model has for them first."""
+        return {
+            self.first_names.get(name, name): parameter
+            for name, parameter in self.module.named_parameters()
+            if parameter.requires_grad and name not in self.copies
+        }
 
     def failing_layer(self, traceback: TracebackType | None) -> str:
         """Returns the FQN of the innermost module on a traceback, the call of a function, or "the loss"."""
@@ -164,7 +170,7 @@ def cut_stage(
     """Cuts one stage's layers out of a model, without routines; the modules are the model's own, not copies."""
     own = [graph.layers[i] for i in layers]
     module = skeleton(model, [m for layer in own for m in layer.modules], [p.name for x in own for p in x.parameters])
-    names = dict(module.named_parameters())
+    names, known = dict(module.named_parameters()), first_names(model)
     shared = [tie for tie in stages.tied if stage in tie.layers]
     tied = {tie.names[0]: next(name for name in tie.names if name in names) for tie in shared}
     return StageProgram(
@@ -175,6 +181,7 @@ def cut_stage(
         draws=tuple(dict.fromkeys(name for layer in own for name in layer.draws)),
         tied=tied,
         copies=tuple(tied[tie.names[0]] for tie in shared if tie.layers[0] != stage),
+        first_names={name: first for name in names if (first := known[name]) != name},
         loss=loss if stage == stages.num_stages - 1 else None,
     )
 

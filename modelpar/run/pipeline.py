@@ -203,6 +203,10 @@ class Pipeline:
             found |= {self._first_names.get(name, name): value for name, value in state.items()}
         return {name: found[self._first_names.get(name, name)] for name in self._model_shapes}
 
+    def stage_states(self) -> list[dict[str, Tensor]]:
+        """Returns, per rank, what it holds of the weights and buffers, copies of tied ones included."""
+        return self._ask_all("state_dict")
+
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Loads weights and buffers by the unsplit model's keys; raises ConfigError for keys or shapes that differ."""
         missing, unknown = set(self._model_shapes) - set(state), set(state) - set(self._model_shapes)

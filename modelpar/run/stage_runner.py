@@ -34,12 +34,32 @@ class RunContext(NamedTuple):
         return self.variants[microbatch] if self.variants else 0
 
 
+class _Received(torch.autograd.Function):
+    """Hands a received tensor on and keeps the gradient that comes back, as it comes.
+
+    A leaf's own `.grad` would be laid out like the leaf, and the sums that the producer makes of it would then run in
+    another order than in the unsplit model.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, kept: list[Tensor]) -> Tensor:
+        ctx.kept = kept
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
+        ctx.kept.append(grad)
+        return None, None
+
+
 @dataclass(slots=True)
 class _Live:
     """What a micro-batch's backward needs of its forward."""
 
     received: dict[str, list[Tensor]]
     given: dict[str, list[Tensor]]
+    grads: dict[str, list[list[Tensor]]]
+    """For each tensor received, a list for the gradient that comes back."""
     total: Tensor | None = None
 
 
@@ -73,8 +93,9 @@ class StageRunner:
         before = self._random.states() if self._owns_generators else []
         with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
             routine = self.routines[context.variant(microbatch)]
+            live = _Live({}, {}, {})
+            values = {name: self._taken(name, value, live) for name, value in values.items()}
             results = routine.run(self.program.module, values, self._random.own)
-            live = _Live({name: _needing_grad(value) for name, value in values.items()}, {})
             for name in routine.gives:
                 live.given[name] = _needing_grad(results[name])
                 results[name] = self._frozen(results[name])
@@ -96,6 +117,21 @@ class StageRunner:
             self._live[microbatch] = live
             self.peak_live = max(self.peak_live, len(self._live))
         return results
+
+    def _taken(self, name: str, value: Any, live: _Live) -> Any:
+        """Returns a received value, whose tensors note the gradients that come back to them."""
+        live.received[name], live.grads[name] = [], []
+        if not torch.is_grad_enabled():
+            return value
+
+        def taken(tensor: Tensor) -> Tensor:
+            if not tensor.requires_grad:
+                return tensor
+            live.grads[name].append([])
+            live.received[name].append(_Received.apply(tensor, live.grads[name][-1]))
+            return live.received[name][-1]
+
+        return trees.map_tensors(taken, value)
 
     def _frozen(self, output: Any) -> Any:
         """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
@@ -134,7 +170,7 @@ class StageRunner:
                     seeds.append(grad)
         if roots:
             torch.autograd.backward(roots, seeds)
-        return {name: [tensor.grad for tensor in tensors] for name, tensors in live.received.items()}
+        return {name: [kept[0] if kept else None for kept in found] for name, found in live.grads.items()}
 
     def parameter(self, name: str) -> nn.Parameter:
         """Returns a parameter by its FQN, a tied one by its owner's."""
