@@ -50,26 +50,21 @@ class Overlaps:
 
 @dataclass(frozen=True, eq=False)
 class Maxima:
-    """The largest value in a run: a table of the maxima of all runs of 1, 2, 4, … values."""
+    """The largest value in a run: a table of the maxima of all runs of 1, 2, 4, … values, a row each."""
 
-    rows: tuple[Ints, ...]
+    rows: Ints
 
     @classmethod
     def of(cls, values: Ints) -> Maxima:
         """Builds the table."""
-        rows, width = [values], 1
-        while 2 * width <= len(values):
-            rows.append(np.maximum(rows[-1][:-width], rows[-1][width:]))
-            width *= 2
-        return cls(tuple(rows))
+        rows = np.tile(values, (len(values).bit_length(), 1))
+        for row in range(1, len(rows)):
+            half = 1 << (row - 1)
+            np.maximum(rows[row - 1, :-half], rows[row - 1, half:], out=rows[row, :-half])
+        return cls(rows)
 
     def over(self, start: Ints | int, end: Ints | int) -> Ints:
-        """Returns the largest of values[start:end]; 0 for an empty run."""
-        start, end = np.broadcast_arrays(np.asarray(start), np.asarray(end))
-        length = end - start
-        row = np.frexp(np.maximum(length, 1))[1] - 1
-        found = np.zeros(start.shape, dtype=np.int64)
-        for r in np.unique(row):
-            chosen = (row == r) & (length > 0)
-            found[chosen] = np.maximum(self.rows[r][start[chosen]], self.rows[r][end[chosen] - 2**r])
+        """Returns the largest of values[start:end], which must not be empty."""
+        row = np.frexp(np.subtract(end, start))[1] - 1
+        found: Ints = np.maximum(self.rows[row, start], self.rows[row, end - (1 << row)])
         return found

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
+from numpy.typing import NDArray
 
 from modelpar.planning.intervals import Ints
 from modelpar.planning.memory import MemoryModel
@@ -53,6 +54,13 @@ class Limits:
         pairs = enumerate(itertools.pairwise(bounds))
         return all(self.bytes(stage, start, end) <= self.room[stage] for stage, (start, end) in pairs)
 
+    def fit(
+        self, stage: int, start: Ints | int, end: Ints | int, lowest: int, highest: int
+    ) -> NDArray[np.bool_] | bool:
+        """Tells whether a stage has room for what it holds between positions, all from `lowest` to `highest`."""
+        room = self.room[stage]
+        return self._upper(stage, lowest, highest) <= room or self.bytes(stage, start, end) <= room
+
     def reach(self, stage: int, start: int, stop: int, last: int) -> Ints | None:
         """Returns, for a stage that begins at each of the positions from start to stop − 1, the last position, up to
         `last`, at which it may end: where it begins, if it has no room for anything. None where all may end at `last`.
@@ -61,7 +69,8 @@ class Limits:
             return None
         known = self._known.get(stage)
         if known is None or not (known[0] <= start and stop <= known[1] and last <= known[2]):
-            known = self._known[stage] = (start, stop, last, self._reach(stage, start, stop, last))
+            most = min(self.farthest[stage + 1], 2 * last - start)
+            known = self._known[stage] = (start, stop, most, self._reach(stage, start, stop, most))
         return np.minimum(known[3][start - known[0] : stop - known[0]], last)
 
     @cached_property

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -137,9 +139,13 @@ def peak_microbatches_per_stage(schedule: Schedule) -> tuple[int, ...]:
 
 def tensor_bytes(tensor: Parameter) -> int:
     """Returns the bytes of one parameter or buffer; the width of its elements is read from its dtype's name."""
-    bits = re.search(r"\d+", tensor.dtype)  # float32, torch.bfloat16, float8_e4m3fn; bool has none and takes a byte
-    width = max(1, int(bits[0]) // 8) if bits else 1
-    return width * int(np.prod(tensor.shape, dtype=np.int64))
+    return _width(tensor.dtype) * math.prod(tensor.shape)
+
+
+@cache
+def _width(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)  # float32, torch.bfloat16, float8_e4m3fn; bool has none and takes a byte
+    return max(1, int(bits[0]) // 8) if bits else 1
 
 
 def _before(values: Ints) -> Ints:

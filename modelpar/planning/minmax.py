@@ -29,7 +29,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from modelpar.planning.intervals import Ints
-from modelpar.planning.limits import NO_LIMIT, Limits
+from modelpar.planning.limits import Limits
 
 Floats = NDArray[np.float64]
 
@@ -96,14 +96,6 @@ class Chain:
         cost: Ints = np.maximum(compute, np.maximum(before, after)) if self.overlap else compute + before + after
         return cost
 
-    def fit(self, stage: int, start: int | slice, end: int | slice) -> NDArray[np.bool_] | bool:
-        """Tells whether a stage between two positions has room for what it holds; a slice gives an array."""
-        limits = self.limits
-        if limits is None or limits.room[stage] >= NO_LIMIT:
-            return True
-        starts, ends = (np.arange(i.start, i.stop) if isinstance(i, slice) else i for i in (start, end))
-        return limits.bytes(stage, starts, ends) <= limits.room[stage]
-
     @cached_property
     def cheapest(self) -> list[int]:
         """Per border, the least that it costs anywhere, or 0 where borders are not added."""
@@ -134,11 +126,11 @@ def split(chain: Chain) -> list[int] | None:
     even = _even(chain)
     found = chain.limits is None or chain.limits.hold(even)
     low, high = _lower_bound(chain), chain.bottleneck(even) if found else _upper_bound(chain)
-    probe, step = True, 1 / 64
+    probe, step = True, 1 / 128
     while low < high:
         # Thresholds far above the optimum leave many positions, and take long: so come from below at first.
         if step and step < 4 and low * step >= 1:
-            threshold, step = min(int(low * (1 + step)), (low + high) // 2), 4 * step
+            threshold, step = min(int(low * (1 + step)), (low + high) // 2), 2 * step
         elif not found:
             threshold = high
         else:
@@ -275,7 +267,9 @@ def _walk_back(chain: Chain, levels: list[_Level], threshold: int) -> list[int]:
         level, prefix, after = levels[s], chain.prefixes[s], bounds[-1]
         window = slice(level.start, min(level.start + len(level.mask), after))
         possible = level.mask[: window.stop - window.start] & (chain.costs(s, window, after) <= threshold)
-        possible &= chain.fit(s, window, after)
+        reach = chain.limits.reach(s, window.start, window.stop, after) if chain.limits else None
+        if reach is not None:
+            possible &= reach == after
         share = int(prefix[after]) * s // (s + 1)
         distance = np.where(possible, np.abs(prefix[window] - share), np.iinfo(np.int64).max)
         # Layers that cost nothing leave ties: then blocks are shared out instead.
@@ -297,7 +291,11 @@ def _settle(chain: Chain, bounds: list[int], threshold: int) -> list[int]:
             costs = chain.costs(s - 1, left, window), chain.costs(s, window, right)
             squares = costs[0].astype(np.float64) ** 2 + costs[1].astype(np.float64) ** 2
             squares[np.maximum(*costs) > threshold] = np.inf
-            squares[np.logical_not(chain.fit(s - 1, left, window) & chain.fit(s, window, right))] = np.inf
+            if chain.limits:
+                middle = np.arange(window.start, window.stop)
+                fit = chain.limits.fit(s - 1, left, middle, left, window.stop - 1)
+                fit = chain.limits.fit(s, middle, right, window.start, right) & fit
+                squares[np.logical_not(fit)] = np.inf
             ties = window.start + np.flatnonzero(squares == squares.min())
             blocks = (ties - left) ** 2 + (right - ties) ** 2
             here = np.flatnonzero(ties == bounds[s])

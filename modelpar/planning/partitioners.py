@@ -201,21 +201,21 @@ def _solve(
             raise PartitionError(
                 f"{method}: layer {graph.layers[i].name} costs {cost}; expected a finite number from 0 up"
             )
-    positions = [0, *graph.cuts, len(graph.layers)]
+    positions = np.array([0, *graph.cuts, len(graph.layers)])
     memory = limits = None
     if case.cluster.limited:
         memory = Memory.of(graph, case.profile, case.cluster, case.schedule)
         limits, _ = memory.limits(case.cluster.num_ranks, case.num_stages)
-    at_cuts = {id(values): values[positions] for values in borders}
+    at_cuts = {key: values[positions] for key, values in {id(values): values for values in borders}.items()}
     crossing = [at_cuts[id(values)] for values in borders]
-    chain = Chain.of(np.array(costs, dtype=np.float64), crossing, positions, speeds, overlap, limits)
+    chain = Chain.of(np.array(costs, dtype=np.float64), crossing, positions.tolist(), speeds, overlap, limits)
     found = split(chain)
     if found is None:
         assert memory is not None, "without limits there is always a split"
         raise memory.refusal(case.num_stages)
-    bounds = tuple(positions[k] for k in found)
+    bounds = tuple(positions[found].tolist())
     bottleneck = max(_stage_costs(bounds, costs, borders, speeds, overlap))
-    blocks = max(math.fsum(costs[start:end]) for start, end in itertools.pairwise(positions))
+    blocks = max(math.fsum(costs[start:end]) for start, end in itertools.pairwise(positions.tolist()))
     lower = max(blocks / max(speeds), math.fsum(costs) / math.fsum(speeds))
     return Partition(bounds, method, bottleneck, min(lower, bottleneck))
 
