@@ -19,6 +19,7 @@ from modelpar.planning.graph import ModelGraph
 from modelpar.planning.limits import NO_LIMIT, Limits
 from modelpar.planning.memory import MemoryModel, peak_microbatches_per_stage, stage_memory_bytes
 from modelpar.planning.minmax import has_split
+from modelpar.planning.partition import together
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
 from modelpar.planning.schedule import Schedule
@@ -71,7 +72,7 @@ class Memory:
         limits, homes = self.limits(self.cluster.num_ranks, num_stages)
         stage, start, position, num_bytes = _alone_too_large(limits) or _where_it_ends(limits)
         layers = self.graph.layers[limits.at[position] : limits.at[position + 1]]
-        name = layers[0].name if len(layers) == 1 else f"{layers[0].name} … {layers[-1].name}, which stay together,"
+        name = together([layer.name for layer in layers])
         what = f"{name} alone needs"
         if start < position:
             what = f"with {name} stage {stage}, from {self.graph.layers[limits.at[start]].name} on, needs"

@@ -21,6 +21,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
+from inspect import signature
 from typing import NamedTuple
 
 import numpy as np
@@ -131,6 +133,12 @@ def manual(
                 f"cut there; expected cuts after {', '.join(map(str, graph.cuts)) or 'no'} layers"
             )
     return partition
+
+
+def with_schedule(partitioner: Partitioner, schedule: Schedules) -> Partitioner:
+    """Returns a partitioner that gets the schedule, where it has a parameter of that name; others as they are."""
+    function: Callable[..., Partition] = partitioner
+    return partial(function, schedule=schedule) if "schedule" in signature(function).parameters else partitioner
 
 
 def stage_seconds(
