@@ -62,7 +62,8 @@ def plan(
     cost.
     `cluster` says what the ranks' devices can do and what connects them: `Cluster(("cpu", "cpu"), speeds=(1, 0.5),
     memory=(8 * 10**9, 4 * 10**9))`. By default there are `num_ranks` (2) equal ones without limits. The link is
-    measured, unless `link` or the cluster says what a message costs. `num_threads` per rank is by default max(1, cores // ranks).
+    measured, unless `link` or the cluster says what a message costs.
+    `num_threads` per rank is by default max(1, cores // ranks).
     `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
 
     Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work, before it starts anything.

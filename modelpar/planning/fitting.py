@@ -147,9 +147,9 @@ def _alone_too_large(limits: Limits) -> _Obstacle | None:
     """
     starts = np.arange(limits.end)
     excess, where = np.full(limits.end, np.iinfo(np.int64).max), np.zeros(limits.end, dtype=np.int64)
-    different = {(count, room): s for s, (count, room) in enumerate(zip(limits.in_flight, limits.room, strict=True))}
-    for (_, room), stage in different.items():
-        here = limits.bytes(stage, starts, starts + 1) - room
+    kinds = list(zip(limits.in_flight, limits.room, strict=True))
+    for stage in sorted({kind: stage for stage, kind in reversed(list(enumerate(kinds)))}.values()):
+        here = limits.bytes(stage, starts, starts + 1) - limits.room[stage]
         where[here < excess] = stage
         excess = np.minimum(excess, here)
     worst = int(np.argmax(excess))
