@@ -32,8 +32,8 @@ _EXAMPLES = {
         "modelpar train model=file model.factory=my_model.py:build data=arrays data.path=samples.npz",
     ),
     "simulate": (
-        "modelpar simulate schedule=gpipe pipeline.num_microbatches=16",
         "modelpar simulate model=convnet partition=manual partition.balance=[5,3] pipeline.profile=flops",
+        "modelpar simulate profile=graph.txt pipeline.num_ranks=4 cluster.link.bandwidth=10GB cluster.memory=16GB",
     ),
     "compare": (
         "modelpar compare partition=uniform,by_parameters,optimal schedule=gpipe,1f1b",

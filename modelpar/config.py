@@ -10,14 +10,17 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, ModelparError
 from modelpar.paths import config_dir
+from modelpar.planning.cluster import Cluster, Link
+from modelpar.planning.cluster_options import read_cluster
 
-GROUPS = ("model", "data", "partition", "schedule", "transport", "optimizer", "lr_schedule")
+GROUPS = ("model", "data", "partition", "schedule", "transport", "cluster", "optimizer", "lr_schedule")
 """The config groups, in the order in which people ask for them."""
 
 
@@ -38,6 +41,7 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
     _check_sections(config, plain)
     _check_types(checked(config), plain)
+    cluster_of(config)
     return config
 
 
@@ -51,6 +55,24 @@ def checked(config: DictConfig) -> DictConfig:
     if missing:
         raise ConfigError(f"{missing[0]} has no value; expected {missing[0]}=… on the command line")
     return config
+
+
+def cluster_of(config: DictConfig, devices: Sequence[str] = (), usual: Link | None = None) -> Cluster:
+    """Returns the cluster that a configuration describes, as `read_cluster` does, with as many ranks as it has."""
+    options: Any = OmegaConf.to_container(config.cluster, resolve=True)
+    return read_cluster(options, config.pipeline.num_ranks, devices, usual)
+
+
+def make(config: DictConfig, what: str, **arguments: Any) -> Any:
+    """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ModelparError):
+            raise error.__cause__ from None
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error
 
 
 def choices(group: str) -> list[str]:
@@ -156,13 +178,21 @@ def _expected(wrong: str, valid: list[str]) -> str:
     return f"{guess}expected one of {', '.join(valid)}"
 
 
+class _Size:
+    """A number of bytes, or text such as 8GB."""
+
+
 _NULLABLE: dict[str, type] = {
     "training.max_norm": float,
     "pipeline.num_threads": int,
     "pipeline.devices": ListConfig,
     "transport.step_timeout": float,
-    "transport.latency": float,
-    "transport.bandwidth": float,
+    "cluster.devices": ListConfig,
+    "cluster.memory": _Size,
+    "cluster.link.latency": float,
+    "cluster.link.bandwidth": _Size,
+    "cluster.links": ListConfig,
+    "profile": str,
     "measure": int,
 }
 """What may be null, and its type where it is not."""
@@ -203,7 +233,7 @@ def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> Non
 
 
 def _check_type(key: str, found: Any, wanted: type) -> None:
-    kinds = {float: (int, float), type(None): (type(found),)}.get(wanted, (wanted,))
+    kinds = {float: (int, float), _Size: (int, float, str), type(None): (type(found),)}.get(wanted, (wanted,))
     if type(found) in kinds or (found is None and key in _NULLABLE):
         return
     shown = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
@@ -211,7 +241,14 @@ def _check_type(key: str, found: Any, wanted: type) -> None:
     raise ConfigError(f"{key} is {shown}; expected {_KINDS.get(wanted, wanted.__name__)}")
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", ListConfig: "a list"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    ListConfig: "a list",
+    _Size: "bytes, or such as 8GB",
+}
 
 
 def _first_line(error: Exception) -> str:

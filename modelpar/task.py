@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 
 from modelpar.capture.objective import Batch, Objective
+from modelpar.config import cluster_of, make
 from modelpar.data.base import Data
-from modelpar.errors import ConfigError, ModelparError
-from modelpar.planner import UNMEASURED_LINKS, plan
-from modelpar.planning.cluster import Link
+from modelpar.errors import ConfigError
+from modelpar.planner import UNMEASURED_LINKS, place, plan
+from modelpar.planning.cluster import Cluster
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
 from modelpar.run.pipeline import Pipeline
@@ -49,8 +48,7 @@ class Task:
             partitioner=make(self.config.partition, "partition"),
             schedule=make(self.config.schedule, "schedule"),
             num_threads=pipeline.num_threads,
-            devices=pipeline.devices,
-            link=self._link(),
+            cluster=self._cluster(),
             profile=profile or pipeline.profile,
             tied=pipeline.tied,
             optimizer=self.optimizer,
@@ -61,14 +59,11 @@ class Task:
             workers=workers,
         )
 
-    def _link(self) -> Link | None:
-        """Returns the link that the configuration gives, None where it leaves both numbers to be measured."""
-        transport = self.config.transport
-        if transport.latency is None and transport.bandwidth is None:
-            return None
-        usual = UNMEASURED_LINKS.get(transport.kind, Link())
-        latency = usual.latency if transport.latency is None else transport.latency
-        return Link(latency, usual.bandwidth if transport.bandwidth is None else transport.bandwidth)
+    def _cluster(self) -> Cluster:
+        """Returns the cluster that the configuration describes, its ranks on devices of this machine."""
+        pipeline, transport = self.config.pipeline, self.config.transport
+        usual = UNMEASURED_LINKS.get(transport.kind)
+        return cluster_of(self.config, place(pipeline.num_ranks, pipeline.devices), usual)
 
     def workers(self, num_ranks: int) -> Workers:
         """Returns workers as the configuration wants them, not yet started."""
@@ -119,15 +114,3 @@ def task_of(config: DictConfig) -> Task:
         optimizer=make(config.optimizer, "optimizer"),
         lr_schedule=make(config.lr_schedule, "lr_schedule"),
     )
-
-
-def make(config: DictConfig, what: str, **arguments: Any) -> Any:
-    """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
-    try:
-        return instantiate(config, _convert_="all", **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ModelparError):
-            raise error.__cause__ from None
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
-        raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error

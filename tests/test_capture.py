@@ -12,8 +12,8 @@ from torch import nn
 from modelpar.capture import profiler
 from modelpar.capture.capture import capture
 from modelpar.capture.cut import cut_routine, cut_stage
-from modelpar.capture.replay import Replay
 from modelpar.capture.objective import Objective
+from modelpar.capture.replay import Replay
 from modelpar.errors import CaptureError
 from modelpar.models import convnet, gpt, mlp
 from modelpar.planner import plan

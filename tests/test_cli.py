@@ -122,7 +122,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} data.heldout=1", "data.heldout is 1; expected a share of at least 0 and less than 1"),
         (f"{GPT_WORDS} transport.port=-1", "port is -1; expected 0 to 65535"),
         (f"{GPT_WORDS} transport.heartbeat_timeout=0", "heartbeat_timeout is 0 and .*; expected seconds above 0"),
-        (f"{GPT_WORDS} transport.latency=-1", "Link\\(latency=-1, .*\\); expected a finite latency from 0 up, .*"),
+        (f"{GPT_WORDS} cluster.link.latency=-1", "cluster.link.latency is -1; expected seconds from 0 up"),
         (f"{GPT_WORDS} transport.kind=pigeon", "transport is 'pigeon'; expected one of rpc, threads"),
         (f"{GPT_WORDS} output.folder=text.txt", "the run folder text.txt/.* cannot be made: Not a directory"),
         (f"{MLP_WORDS} data=arrays data.path=nowhere.npz", "data.path='nowhere.npz' cannot be read as .*: .+"),

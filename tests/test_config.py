@@ -70,6 +70,8 @@ def test_there_are_files():
         ("schedule", "fill_drain"),
         ("optimizer", "sgd"),
         ("optimizer", "adamw"),
+        ("cluster", "default"),
+        ("cluster", "two_hosts"),
         ("transport", "rpc"),
         ("transport", "threads"),
     } <= set(FILES)
@@ -87,7 +89,7 @@ def test_every_choice_makes_what_can_be_planned_and_trained(folder, monkeypatch,
     config = configs.load("train", [*wanted, "training.batch_size=8", "pipeline.num_microbatches=2"])
     task = task_of(config)
     plan = task.plan()
-    assert plan.num_ranks == plan.num_stages == 2
+    assert plan.num_ranks == plan.num_stages == config.pipeline.num_ranks
     assert plan.prediction.step_seconds > 0
     assert isinstance(task.workers(2), Workers)
     assert task.data.description
@@ -105,7 +107,11 @@ def test_a_command_takes_what_train_takes(command):
     train, config = configs.load("train", []), configs.load(command, [])
     own = {key: value for key, value in config.items() if key not in train}
     assert OmegaConf.masked_copy(config, list(train)) == train
-    more = {"compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None}, "profile": {"file": "profile.json"}}
+    more = {
+        "compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None},
+        "profile": {"file": "profile.json"},
+        "simulate": {"profile": None},
+    }
     assert own == more.get(command, {})
     assert train.model == configs.load("train", ["model=gpt"]).model
     assert train.data == configs.load("train", ["data=stdlib"]).data
@@ -133,7 +139,7 @@ def test_a_choice_is_named_by_its_file():
     assert configs.choice(config, "optimizer") == "RMSprop"
 
 
-SECTIONS = "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output"
+SECTIONS = "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output, cluster"
 TRAINING = ", ".join(
     f"training.{name}"
     for name in ("steps", "batch_size", "max_norm", "seed", "eval_every", "eval_samples", "trace_every")
@@ -192,6 +198,33 @@ TRAINING = ", ".join(
             "training=3",
             f"training is 3; expected training.… with one of {TRAINING.replace('training.', '')}",
         ),
+        ("cluster.memory=true", "cluster.memory is True; expected bytes, or such as 8GB"),
+        (
+            "cluster.memory=8XB",
+            "cluster.memory is '8XB'; expected bytes above 0, as a number or such as 8GB or 512MiB",
+        ),
+        ("cluster.devices=4", "cluster.devices is 4; expected a list"),
+        ("cluster.devices=[4,4]", "cluster.devices[0] is 4; expected {speed: …, memory: …}"),
+        ("cluster.devices=[{ram:4},{}]", "cluster.devices[0].ram is unknown; expected one of speed, memory"),
+        ("cluster.devices=[{},{speed:0}]", "cluster.devices[1].speed is 0.0; expected a number above 0"),
+        ("cluster.devices=[{},{speed:fast}]", "cluster.devices[1].speed is 'fast'; expected a number"),
+        (
+            "cluster.devices=[{},{},{}]",
+            "pipeline.num_ranks is 2, but cluster.devices has 3; expected as many ranks as devices, such as "
+            "pipeline.num_ranks=3",
+        ),
+        (
+            "cluster=two_hosts pipeline.num_ranks=2",
+            "pipeline.num_ranks is 2, but cluster.devices has 4; expected as many ranks as devices, such as "
+            "pipeline.num_ranks=4",
+        ),
+        ("cluster.link.latency=-1", "cluster.link.latency is -1; expected seconds from 0 up"),
+        (
+            "cluster.link.bandwidth=0",
+            "cluster.link.bandwidth is 0; expected bytes above 0, as a number or such as 8GB or 512MiB",
+        ),
+        ("cluster.links=[{ranks:[0]}]", "cluster.links[0].ranks is [0]; expected two ranks, such as [0, 1]"),
+        ("cluster.links=[{ranks:[0,2]}]", "a link joins ranks 0 and 2; expected two of 0 … 1"),
         ("~optimizer", "optimizer was taken away; expected a value"),
         ("~optimizer.lr", "optimizer.lr was taken away; expected a value"),
     ],
@@ -220,6 +253,9 @@ def test_stranger_things_take_one_line_too(word):
         ("pipeline.devices=[cpu,cpu]", "pipeline.devices", ["cpu", "cpu"]),
         ("transport.step_timeout=30", "transport.step_timeout", 30),
         ("training.steps=${pipeline.num_ranks}", "training.steps", 2),
+        ("cluster.memory=8GB", "cluster.memory", "8GB"),
+        ("cluster.memory=8000", "cluster.memory", 8000),
+        ("cluster=two_hosts", "pipeline.num_ranks", 4),
         ("output.name=7", "output.name", 7),
         ("hydra.verbose=true", "training.seed", 0),
     ],
