@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import count
 from typing import Any
 
 import torch
@@ -46,7 +44,7 @@ def verify(
     torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits
     try:
         unsplit = Unsplit(objective, model, exact, seed)
-        batches = [*_cut(objective, batch, plan.num_microbatches, steps)]
+        batches, left_out = _cut(unsplit, objective, batch, plan.num_microbatches, steps)
         with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed) as pipeline:
             checks = [*_single_steps(pipeline, unsplit, objective, batches, plan.num_microbatches, order)]
         unsplit.restart()
@@ -55,7 +53,7 @@ def verify(
             checks += _training(pipeline, unsplit, batches, order, optimizer, max_norm)
             checks += _without_training(pipeline, unsplit, objective, batch)
         unsplit.restart()
-        return Verdict(tuple(checks), (*unsplit.notes(batch), *_tied_notes(plan)))
+        return Verdict(tuple(checks), (*left_out, *unsplit.notes(batch), *_tied_notes(plan)))
     finally:
         torch.set_num_threads(threads)
 
@@ -65,22 +63,17 @@ def _single_steps(
 ) -> Iterator[Check]:
     """Compares loss, gradients and buffers of steps that all begin with the same weights."""
     found, expected = list(pipeline.state_dict()), list(unsplit.start())
-    if found != expected:
-        missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
-        detail = f"missing {missing[:3]}, unknown {more[:3]}" if missing or more else "the same, in another order"
-        yield Check("names in the state dict", False, detail)
-    else:
-        yield Check("names in the state dict", True, f"{len(found)}, the same in the same order")
-    located = False
+    missing, more = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    detail = f"missing {missing[:3]}, unknown {more[:3]}" if missing or more else "in another order"
+    same = f"{len(found)}, the same in the same order"
+    yield Check("names in the state dict", found == expected, same if found == expected else detail)
+    checks: list[Check] = []
     for step, batch in enumerate(batches):
-        size = batch_size(batch[0], objective.batch_dim)
-        name = f"step {step}, {size} samples"
-        checks = _single_step(pipeline, unsplit, batch, step, name, order)
-        if not all(check.passed for check in checks) and not located:
-            located = True
-            place = _first_microbatch(pipeline, unsplit, objective, batch, min(size, most), count(len(batches)), order)
-            checks = [c if c.passed else replace(c, detail=c.detail + place) for c in checks]
-        yield from checks
+        name = f"step {step}, {batch_size(batch[0], objective.batch_dim)} samples"
+        checks += _single_step(pipeline, unsplit, batch, step, name, order)
+    passed = all(check.passed for check in checks)
+    place = "" if passed else _first_microbatch(pipeline, unsplit, objective, batches, most, order)
+    yield from (check if check.passed else replace(check, detail=check.detail + place) for check in checks)
 
 
 def _single_step(
@@ -97,18 +90,15 @@ def _single_step(
 
 
 def _first_microbatch(
-    pipeline: Pipeline,
-    unsplit: Unsplit,
-    objective: Objective,
-    batch: Batch,
-    most: int,
-    steps: count[int],
-    order: list[str],
+    pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batches: list[Batch], most: int, order: list[str]
 ) -> str:
     """Says in which micro-batch a difference begins, where batches with one sample per micro-batch show it."""
+    most = min(most, batch_size(batches[0][0], objective.batch_dim))
     for number in range(1, most + 1):
-        first = _first_samples(objective, batch, number)
-        if not all(check.passed for check in _single_step(pipeline, unsplit, first, next(steps), "", order)):
+        batch, step = _first_samples(objective, batches[0], number), len(batches) + number - 1
+        if unsplit.refuses(batch):
+            break
+        if not all(check.passed for check in _single_step(pipeline, unsplit, batch, step, "", order)):
             return f"; with one sample each it begins in micro-batch {number - 1}"
     return ""
 
@@ -129,10 +119,9 @@ def _training(
     yield compare_values(f"gradient norms, {name}", [result.grad_norm for result in results], norms)
     yield compare_states(f"weights and buffers, {name}", pipeline.state_dict(), unsplit.state(), order[::-1])
     states, expected = pipeline.stage_states(), unsplit.state()
-    copies = {name for name, ranks in Counter(name for state in states for name in state).items() if ranks > 1}
-    for rank, state in enumerate(states if copies else []):
-        mine = {name: expected[name] for name in copies & set(state) if name in expected}
-        yield compare_states(f"copies of shared tensors, rank {rank}", state, mine)
+    own = {f"rank {rank}: {key}": value for rank, state in enumerate(states) for key, value in state.items()}
+    copies = {key: expected.get(key.partition(": ")[2]) for key in own}
+    yield compare_states(f"each rank's own, {name}", own, copies)
 
 
 def _without_training(pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batch: Batch) -> Iterator[Check]:
@@ -143,12 +132,26 @@ def _without_training(pipeline: Pipeline, unsplit: Unsplit, objective: Objective
     yield compare_outputs("predict", [pipeline.predict(piece) for piece in pieces], unsplit.predict(pieces))
 
 
-def _cut(objective: Objective, batch: Batch, most: int, steps: int) -> Iterator[Batch]:
-    """Yields batches: a full one, one whose micro-batches are of two sizes, and one with fewer samples than they."""
+def _cut(
+    unsplit: Unsplit, objective: Objective, batch: Batch, most: int, steps: int
+) -> tuple[list[Batch], tuple[str, ...]]:
+    """Returns batches: full ones, ones whose micro-batches are of two sizes, and ones with fewer samples than these.
+
+    Sizes on which the unsplit model itself fails are left out, with a note.
+    """
     size = batch_size(batch[0], objective.batch_dim)
-    cycle = [size, max(1, size - 1), max(1, min(size, most) - 1)]
-    for step in range(steps):
-        yield _first_samples(objective, batch, cycle[step % len(cycle)])
+    notes = []
+    kept = [batch]
+    for number in dict.fromkeys((max(1, size - 1), max(1, min(size, most) - 1))):
+        first = _first_samples(objective, batch, number)
+        if reason := unsplit.refuses(first):
+            notes.append(
+                f"batches of {number} samples were left out: the unsplit model cannot train on them in "
+                f"{min(number, most)} micro-batches ({reason})"
+            )
+        else:
+            kept.append(first)
+    return [kept[step % len(kept)] for step in range(steps)], tuple(notes)
 
 
 def _first_samples(objective: Objective, batch: Batch, number: int) -> Batch:

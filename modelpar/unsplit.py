@@ -27,6 +27,7 @@ from modelpar.capture.objective import (
     run,
     split_batch,
 )
+from modelpar.errors import describe
 from modelpar.planning.plan import Plan
 from modelpar.run.rng import random_key
 from modelpar.run.update import OptimizerFactory
@@ -73,6 +74,18 @@ class Unsplit:
         }
         self._model.zero_grad(set_to_none=True)
         return loss, found
+
+    def refuses(self, batch: Batch) -> str:
+        """Returns why the module itself cannot train on a batch's micro-batches; empty where it can."""
+        self.restart()
+        try:
+            self.gradients(batch, 0)
+        except Exception as error:
+            return " ".join(describe(error).split())
+        finally:
+            self._model.zero_grad(set_to_none=True)
+            self.restart()
+        return ""
 
     def train(
         self, batches: Sequence[Batch], factory: OptimizerFactory, max_norm: float | None

@@ -70,7 +70,6 @@ def test_a_split_model_that_is_right_passes(workers, num_ranks):
     assert verdict.notes == ()
     names = [check.what for check in verdict.checks]
     assert {"loss, step 2, 3 samples", "gradients, step 1, 9 samples", "predict", "evaluate"} <= set(names)
-    assert ("copies of shared tensors, rank 0" in names) == (num_ranks > 1)
     assert torch.get_num_threads() == threads
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert json.loads(json.dumps(verdict.to_json()))["passed"] is True
@@ -103,7 +102,10 @@ def by_second(graph, profile, cluster, num_stages):
 
 
 def test_a_tied_gradient_that_is_lost_is_found(threads, monkeypatch):
-    monkeypatch.setattr(StageRunner, "add_grad", lambda runner, name, grads: None)
+    def without(runner, microbatch, grads, real=StageRunner.backward):
+        return real(runner, microbatch, {name: found for name, found in grads.items() if "weight" not in name})
+
+    monkeypatch.setattr(StageRunner, "backward", without)
     found = failures(verified(Residual(), workers=threads))
     details = [detail for what, detail in found.items() if what.startswith("gradients")]
     assert len(details) == 3
@@ -120,15 +122,14 @@ def test_another_dropout_mask_is_found(threads, monkeypatch):
     assert ", unsplit " in found["loss, step 0, 10 samples"]
     assert found["gradients, step 0, 10 samples"].endswith("with one sample each it begins in micro-batch 2")
     assert found["losses, training, 3 steps"].startswith("step 0: ")
-    assert "predict" not in found
 
 
 def test_a_lost_buffer_is_found(threads, monkeypatch):
     def without(runner, number, values, context, real=StageRunner.forward):
         given = real(runner, number, values, context)
         for name, buffer in runner.program.module.named_buffers():
-            if name.endswith("running_mean"):
-                buffer.zero_()
+            if name == "1.running_mean":
+                buffer.data.zero_()
         return given
 
     monkeypatch.setattr(StageRunner, "forward", without)
@@ -144,9 +145,13 @@ def test_batch_normalisation_is_noted(threads):
     batch = torch.randn(12, 8), torch.randint(3, (12,))
     verdict = verified(model, batch, F.cross_entropy, workers=threads, num_microbatches=3)
     assert verdict.passed, failures(verdict)
-    [note] = verdict.notes
+    *left_out, note = verdict.notes
+    assert [left.partition(" (ValueError: Expected more")[0] for left in left_out] == [
+        "batches of 2 samples were left out: the unsplit model cannot train on them in 2 micro-batches"
+    ]
     assert note.startswith("batch normalisation (1 and 1 more) sees one micro-batch at a time, not the batch")
-    assert verified(model, batch, F.cross_entropy, workers=threads, num_microbatches=1).notes == ()
+    notes = verified(model, batch, F.cross_entropy, workers=threads, num_microbatches=1).notes
+    assert not any("normalisation" in note for note in notes)
 
 
 def counted(output, targets):
@@ -156,7 +161,7 @@ def counted(output, targets):
 
 def contrasting(output, targets):
     """Each sample's output against all others'."""
-    flat = output.flatten(1)
+    flat = F.normalize(output.flatten(1))
     return F.cross_entropy(flat @ flat.T, torch.arange(len(flat)))
 
 
@@ -204,15 +209,15 @@ def test_the_command_prints_a_line_per_check_and_writes_the_verdict(folder):
     assert (outcome.code, outcome.err) == (0, "")
     shown = outcome.out.splitlines()
     assert shown[0].startswith("2 stages by optimal, 4 micro-batches")
-    assert sum(line.startswith("✓  ") for line in shown) == 12
+    assert sum(line.startswith("✓  ") for line in shown) == 13
     assert shown[-2:] == [
         "runs/mine/verify.json",
-        "the split model equals the unsplit one to the bit in all 12 checks",
+        "the split model equals the unsplit one to the bit in all 13 checks",
     ]
     assert listing(folder / "runs" / "mine") == {"config.yaml", "plan.json", "verify.json"}
     written = json.loads((folder / "runs" / "mine" / "verify.json").read_text())
     assert written["passed"]
-    assert len(written["checks"]) == 12
+    assert len(written["checks"]) == 13
     assert Plan.load(folder / "runs" / "mine" / "plan.json").num_stages == 2
 
 
