@@ -164,9 +164,16 @@ _NULLABLE: dict[str, type] = {
     "transport.latency": float,
     "transport.bandwidth": float,
     "measure": int,
+    "model.head": str,
+    "model.image_size": int,
 }
 """What may be null, and its type where it is not."""
-_REQUIRED: dict[str, type] = {"partition.balance": ListConfig, "data.path": str, "model.factory": str}
+_REQUIRED: dict[str, type] = {
+    "partition.balance": ListConfig,
+    "data.path": str,
+    "model.factory": str,
+    "model.config": str,
+}
 """The types of what has no default."""
 
 

@@ -114,14 +114,14 @@ def _training(
     """Compares a training with optimizer and clipping."""
     results = [pipeline.step(batch) for batch in batches]
     losses, norms = zip(*unsplit.train(batches, optimizer, max_norm), strict=True)
-    name = f"training, {len(batches)} steps"
+    name = f"{len(batches)} training steps"
     yield compare_values(f"losses, {name}", [result.loss for result in results], losses)
     yield compare_values(f"gradient norms, {name}", [result.grad_norm for result in results], norms)
-    yield compare_states(f"weights and buffers, {name}", pipeline.state_dict(), unsplit.state(), order[::-1])
+    yield compare_states("weights and buffers after these", pipeline.state_dict(), unsplit.state(), order[::-1])
     states, expected = pipeline.stage_states(), unsplit.state()
     own = {f"rank {rank}: {key}": value for rank, state in enumerate(states) for key, value in state.items()}
     copies = {key: expected.get(key.partition(": ")[2]) for key in own}
-    yield compare_states(f"each rank's own, {name}", own, copies)
+    yield compare_states("each rank's weights and buffers", own, copies)
 
 
 def _without_training(pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batch: Batch) -> Iterator[Check]:

@@ -17,12 +17,14 @@ NEEDS = {
     ("data", "text"): ["data.path=text.txt"],
     ("data", "arrays"): ["data.path=samples.npz"],
     ("model", "file"): ["model.factory=model.py:build"],
+    ("model", "hf"): ["model.config=GPT2Config"],
     ("partition", "manual"): ["partition.balance=[1,3]"],
 }
 """What has no default."""
 SMALL = {
     ("model", "gpt"): ["model.width=16", "model.depth=2", "model.heads=2", "data=text", "data.path=text.txt"],
     ("model", "convnet"): ["model.width=4", "model.depth=2"],
+    ("model", "hf"): ["+model.n_layer=2", "+model.n_embd=16", "+model.n_head=2", "+model.vocab_size=50"],
 }
 """What makes the tests quick."""
 MODEL_PY = """
@@ -47,13 +49,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_there_are_files():
-    assert {"train", "simulate", "compare", "profile"} == set(COMMANDS)
+    assert {"train", "simulate", "compare", "profile", "verify"} == set(COMMANDS)
     assert {group for group, _ in FILES} == set(configs.GROUPS)
     assert {
         ("model", "gpt"),
         ("model", "mlp"),
         ("model", "convnet"),
         ("model", "file"),
+        ("model", "hf"),
         ("data", "stdlib"),
         ("data", "text"),
         ("data", "arrays"),
@@ -153,9 +156,9 @@ TRAINING = ", ".join(
             "model.heads is unknown; did you mean model.width? expected one of model.input_shape, model.num_classes, "
             "model.width, model.depth, model.dropout",
         ),
-        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, mlp"),
+        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, hf, mlp"),
         ("schedule=zigzag", "schedule=zigzag is unknown; expected one of 1f1b, fill_drain, gpipe"),
-        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, mlp"),
+        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, hf, mlp"),
         (
             "model=mlp,gpt",
             "model=mlp,gpt gives several values; expected one, or `modelpar compare` or `train -m` to try each",

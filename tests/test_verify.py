@@ -89,7 +89,7 @@ def test_a_gradient_that_is_scaled_on_its_way_back_is_found(threads, monkeypatch
     assert detail.startswith("3 of 7 differ, first first."), detail
     assert "embed.weight: by at most " in detail
     assert detail.endswith("with one sample each it begins in micro-batch 1")
-    assert "gradient norms, training, 3 steps" in found
+    assert "gradient norms, 3 training steps" in found
 
 
 def by_second(graph, profile, cluster, num_stages):
@@ -121,7 +121,7 @@ def test_another_dropout_mask_is_found(threads, monkeypatch):
     found = failures(verified(Residual(), workers=threads))
     assert ", unsplit " in found["loss, step 0, 10 samples"]
     assert found["gradients, step 0, 10 samples"].endswith("with one sample each it begins in micro-batch 2")
-    assert found["losses, training, 3 steps"].startswith("step 0: ")
+    assert found["losses, 3 training steps"].startswith("step 0: ")
 
 
 def test_a_lost_buffer_is_found(threads, monkeypatch):
