@@ -61,9 +61,7 @@ class Task:
             shared_memory=transport.shared_memory,
             cuda_ipc=transport.cuda_ipc,
             workers=workers,
-            leaf=pipeline.leaf,
-            split_before=pipeline.split_before,
-            keep_together=pipeline.keep_together,
+            **{name: tuple(map(str, pipeline[name])) for name in ("leaf", "split_before", "keep_together")},
         )
 
     def _link(self) -> Link | None:

@@ -64,22 +64,27 @@ def _config(
             f"{_guess(name, known)}expected one such as GPT2Config or path/to/folder"
         )
     try:
-        plain = plain or kind()
+        plain = _completed(plain or kind())
         if more := [key for key in options if not hasattr(plain, key)]:
             known = [key for key in plain.to_dict() if not key.startswith("_")]
-            raise ConfigError(
-                f"{kind.__name__} has no option {more[0]}; {_guess(more[0], known)}expected one of {', '.join(known)}"
-            )
+            expected = _guess(more[0], known) or f"expected one of {', '.join(known)}"
+            raise ConfigError(f"{kind.__name__} has no option {more[0]}; {expected.strip()}")
         if image_size is not None and hasattr(plain, "image_size"):
             options = {**options, "image_size": image_size}
         if hasattr(plain, "use_cache"):
             options = {"use_cache": False, **options}  # it is of use only where text is generated
-        made = kind.from_dict({**plain.to_dict(), **options}) if folder else kind(**options)
+        return _completed(kind.from_dict({**plain.to_dict(), **options}) if folder else kind(**options))
     except ConfigError:
         raise
     except Exception as error:
         raise ConfigError(f"{kind.__name__} cannot be made with these options: {_line(error)}") from error
-    return made
+
+
+def _completed(config: Any) -> Any:
+    """Gives a decoder behind an encoder a token to start with, where the config class has none."""
+    if getattr(config, "is_encoder_decoder", False) and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = getattr(config, "pad_token_id", None) or 0
+    return config
 
 
 def _head(transformers: ModuleType, config: Any, name: str | None, folder: Path | None) -> Any:

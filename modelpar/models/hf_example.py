@@ -68,11 +68,17 @@ def _labels(model: nn.Module, config: Any, main: str, inputs: Tensor, generator:
     """Returns labels of the kind that the model's output is compared with."""
     vocabulary = getattr(config.get_text_config(), "vocab_size", None)
     try:
-        logits = _run(model, {main: inputs[:2]})["logits"]
+        output = _run(model, {main: inputs[:2]})
     except ValueError:
         if not getattr(config, "is_encoder_decoder", False):
             raise
         return _tokens(config.get_text_config(), tuple(inputs.shape), generator)  # its decoder begins with the labels
+    if "logits" not in output:
+        raise ConfigError(
+            f"{type(model).__name__} returns {', '.join(output)}, and no logits to make up labels for; expected "
+            "another model.head, or model=file with a function that makes its batch"
+        )
+    logits = output["logits"]
     if logits.dim() == 4:  # a class per pixel
         shape, classes = (len(inputs), *inputs.shape[2:]), logits.shape[1]
     else:
