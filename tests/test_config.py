@@ -103,12 +103,37 @@ def test_every_choice_makes_what_can_be_planned_and_trained(folder, monkeypatch,
             task.pipeline(plan)
 
 
+@pytest.mark.parametrize(
+    ("words", "layers", "cuts"),
+    [
+        ("", "stem b0 b1 head", (1, 2, 3)),
+        ("pipeline.split_before=[b0.linear]", "stem b0.norm b0.linear b0.dropout b1 head", (1, 2, 3, 4, 5)),
+        (
+            "pipeline.split_before=[b0.linear] pipeline.keep_together=[b0]",
+            "stem b0.norm b0.linear b0.dropout b1 head",
+            (1, 4, 5),
+        ),
+        ("pipeline.split_before=[b?.linear] pipeline.keep_together=['b*']", None, (1, 4, 7)),
+        ("pipeline.leaf=[b0]", "stem b0 b1 head", (1, 2, 3)),
+    ],
+)
+def test_how_finely_a_model_may_be_cut_is_an_option(words, layers, cuts):
+    quick = [*MLP, *THREADS, "training.batch_size=8", "pipeline.num_microbatches=2"]
+    graph = task_of(configs.load("train", [*quick, *words.split()])).plan().graph
+    assert layers is None or [layer.name for layer in graph.layers] == layers.split()
+    assert graph.cuts == cuts
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_what_train_takes(command):
     train, config = configs.load("train", []), configs.load(command, [])
     own = {key: value for key, value in config.items() if key not in train}
+    if command == "verify":  # which has no use for times
+        assert config.pipeline.profile == "flops"
+        config.pipeline.profile = train.pipeline.profile
     assert OmegaConf.masked_copy(config, list(train)) == train
     more = {"compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None}, "profile": {"file": "profile.json"}}
+    more["verify"] = {"steps": 3}
     assert own == more.get(command, {})
     assert train.model == configs.load("train", ["model=gpt"]).model
     assert train.data == configs.load("train", ["data=stdlib"]).data
