@@ -36,16 +36,17 @@ def verify_command(config: DictConfig, console: Console) -> Verdict:
         start()
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
-        verdict = verify(
-            task.objective,
-            task.example,
-            plan,
-            optimizer=task.optimizer,
-            workers=workers,
-            max_norm=config.training.max_norm,
-            seed=config.training.seed,
-            steps=config.steps,
-        )
+        with console.status("training it split and unsplit"):  # shown in a terminal only
+            verdict = verify(
+                task.objective,
+                task.example,
+                plan,
+                optimizer=task.optimizer,
+                workers=workers,
+                max_norm=config.training.max_norm,
+                seed=config.training.seed,
+                steps=config.steps,
+            )
     run.write_verdict(verdict.to_json())
     console.print(verdict_table(verdict))
     for note in verdict_notes(verdict):
