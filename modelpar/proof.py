@@ -114,7 +114,7 @@ def _training(
     """Compares a training with optimizer and clipping."""
     results = [pipeline.step(batch) for batch in batches]
     losses, norms = zip(*unsplit.train(batches, optimizer, max_norm), strict=True)
-    name = f"{len(batches)} training steps"
+    name = f"{len(batches)} training step{'s' if len(batches) > 1 else ''}"
     yield compare_values(f"losses, {name}", [result.loss for result in results], losses)
     yield compare_values(f"gradient norms, {name}", [result.grad_norm for result in results], norms)
     yield compare_states("weights and buffers after these", pipeline.state_dict(), unsplit.state(), order[::-1])

@@ -1,7 +1,7 @@
 """The unsplit side of `verify`: the user's untouched module, trained in this process on the same micro-batches.
 
-Per micro-batch forward, loss and backward, then the division by the count, `clip_grad_norm_` and `optimizer.step`. It
-shares nothing with the pipeline but the random keys.
+Per micro-batch forward, loss and backward, then the division by the count, `clip_grad_norm_` and `optimizer.step`. What
+it shares with the pipeline is how a batch is cut, how a loss is read off an output, and the random keys.
 """
 
 from __future__ import annotations
