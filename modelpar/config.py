@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
-from hydra.utils import instantiate
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -142,7 +143,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         return f"{group}={choice} is unknown; {_expected(choice, choices(group))}"
     if found := re.search(r"(?:Could not override|Key) '([\w.@/-]+)'", text):
         key = _full_key(found[1], overrides)
-        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}"
+        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}{_by_plus(key, overrides)}"
     if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
         key, _, value = found[1].partition("=")
         one = "one" if key in GROUPS else f"one, a list {key}=[{value}]"
@@ -172,6 +173,24 @@ def _keys_near(name: str, key: str, overrides: Sequence[str]) -> Iterator[str]:
     yield from (".".join([*prefix, str(k)]) for k in node if not str(k).startswith("_"))
 
 
+def _by_plus(key: str, overrides: Sequence[str]) -> str:
+    """Returns what else is possible for a group whose function takes any option: a + adds it."""
+    group = key.partition(".")[0]
+    chosen = [override.partition("=")[2] for override in _chosen(overrides) if override.startswith(f"{group}=")]
+    file = config_dir() / group / f"{chosen[-1] if chosen else ''}.yaml"
+    if not file.is_file():
+        return ""
+    try:
+        takes = inspect.signature(get_method(OmegaConf.load(file)._target_)).parameters.values()
+    except Exception:  # a function that cannot be found is another error than the one at hand
+        return ""
+    return (
+        f"; +{key}=… passes an option that is not listed"
+        if any(each.kind is each.VAR_KEYWORD for each in takes)
+        else ""
+    )
+
+
 def _expected(wrong: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(wrong, valid, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
@@ -194,9 +213,16 @@ _NULLABLE: dict[str, type] = {
     "cluster.links": ListConfig,
     "profile": str,
     "measure": int,
+    "model.head": str,
+    "model.image_size": int,
 }
 """What may be null, and its type where it is not."""
-_REQUIRED: dict[str, type] = {"partition.balance": ListConfig, "data.path": str, "model.factory": str}
+_REQUIRED: dict[str, type] = {
+    "partition.balance": ListConfig,
+    "data.path": str,
+    "model.factory": str,
+    "model.config": str,
+}
 """The types of what has no default."""
 
 

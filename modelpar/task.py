@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 
 from modelpar.capture.objective import Batch, Objective
-from modelpar.config import cluster_of, make
+from modelpar.config import choice, cluster_of, make
 from modelpar.data.base import Data
 from modelpar.errors import ConfigError
 from modelpar.planner import UNMEASURED_LINKS, place, plan
@@ -57,6 +58,7 @@ class Task:
             shared_memory=transport.shared_memory,
             cuda_ipc=transport.cuda_ipc,
             workers=workers,
+            **{name: tuple(map(str, pipeline[name])) for name in ("leaf", "split_before", "keep_together")},
         )
 
     def _cluster(self) -> Cluster:
@@ -104,8 +106,8 @@ def task_of(config: DictConfig) -> Task:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)
     model, example, loss = make(config.model, "model")
-    from_file = "example" in config.data and "factory" in config.model
-    data: Data = make(config.data, "data", **({"example": example} if from_file else {}))
+    of_example = "example" in config.data and not {"factory", "config"}.isdisjoint(config.model)
+    data: Data = make(config.data, "data", **({"example": example} if of_example else {}))
     return Task(
         config=config,
         objective=Objective(model, loss),
@@ -114,3 +116,15 @@ def task_of(config: DictConfig) -> Task:
         optimizer=make(config.optimizer, "optimizer"),
         lr_schedule=make(config.lr_schedule, "lr_schedule"),
     )
+
+
+def model_name(config: DictConfig) -> str:
+    """Returns a short name of the model: of its file, of its config's class or folder, or of the choice."""
+    if "factory" in config.model:
+        return Path(config.model.factory.split(":")[0]).stem
+    return Path(config.model.config).name if "config" in config.model else choice(config, "model")
+
+
+def run_name(config: DictConfig) -> str:
+    """Returns what a run's folder is called by default, after the time."""
+    return f"{model_name(config)}-{choice(config, 'schedule')}"

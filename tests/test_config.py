@@ -17,12 +17,14 @@ NEEDS = {
     ("data", "text"): ["data.path=text.txt"],
     ("data", "arrays"): ["data.path=samples.npz"],
     ("model", "file"): ["model.factory=model.py:build"],
+    ("model", "hf"): ["model.config=GPT2Config"],
     ("partition", "manual"): ["partition.balance=[1,3]"],
 }
 """What has no default."""
 SMALL = {
     ("model", "gpt"): ["model.width=16", "model.depth=2", "model.heads=2", "data=text", "data.path=text.txt"],
     ("model", "convnet"): ["model.width=4", "model.depth=2"],
+    ("model", "hf"): ["+model.n_layer=2", "+model.n_embd=16", "+model.n_head=2", "+model.vocab_size=50"],
 }
 """What makes the tests quick."""
 MODEL_PY = """
@@ -47,13 +49,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_there_are_files():
-    assert {"train", "simulate", "compare", "profile"} == set(COMMANDS)
+    assert {"train", "simulate", "compare", "profile", "verify"} == set(COMMANDS)
     assert {group for group, _ in FILES} == set(configs.GROUPS)
     assert {
         ("model", "gpt"),
         ("model", "mlp"),
         ("model", "convnet"),
         ("model", "file"),
+        ("model", "hf"),
         ("data", "stdlib"),
         ("data", "text"),
         ("data", "arrays"),
@@ -102,16 +105,41 @@ def test_every_choice_makes_what_can_be_planned_and_trained(folder, monkeypatch,
             task.pipeline(plan)
 
 
+@pytest.mark.parametrize(
+    ("words", "layers", "cuts"),
+    [
+        ("", "stem b0 b1 head", (1, 2, 3)),
+        ("pipeline.split_before=[b0.linear]", "stem b0.norm b0.linear b0.dropout b1 head", (1, 2, 3, 4, 5)),
+        (
+            "pipeline.split_before=[b0.linear] pipeline.keep_together=[b0]",
+            "stem b0.norm b0.linear b0.dropout b1 head",
+            (1, 4, 5),
+        ),
+        ("pipeline.split_before=[b?.linear] pipeline.keep_together=['b*']", None, (1, 4, 7)),
+        ("pipeline.leaf=[b0]", "stem b0 b1 head", (1, 2, 3)),
+    ],
+)
+def test_how_finely_a_model_may_be_cut_is_an_option(words, layers, cuts):
+    quick = [*MLP, *THREADS, "training.batch_size=8", "pipeline.num_microbatches=2"]
+    graph = task_of(configs.load("train", [*quick, *words.split()])).plan().graph
+    assert layers is None or [layer.name for layer in graph.layers] == layers.split()
+    assert graph.cuts == cuts
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_what_train_takes(command):
     train, config = configs.load("train", []), configs.load(command, [])
     own = {key: value for key, value in config.items() if key not in train}
+    if command == "verify":  # which has no use for times
+        assert config.pipeline.profile == "flops"
+        config.pipeline.profile = train.pipeline.profile
     assert OmegaConf.masked_copy(config, list(train)) == train
     more = {
         "compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None},
         "profile": {"file": "profile.json"},
         "simulate": {"profile": None},
     }
+    more["verify"] = {"steps": 3}
     assert own == more.get(command, {})
     assert train.model == configs.load("train", ["model=gpt"]).model
     assert train.data == configs.load("train", ["data=stdlib"]).data
@@ -159,9 +187,9 @@ TRAINING = ", ".join(
             "model.heads is unknown; did you mean model.width? expected one of model.input_shape, model.num_classes, "
             "model.width, model.depth, model.dropout",
         ),
-        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, mlp"),
+        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, hf, mlp"),
         ("schedule=zigzag", "schedule=zigzag is unknown; expected one of 1f1b, fill_drain, gpipe"),
-        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, mlp"),
+        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, hf, mlp"),
         (
             "model=mlp,gpt",
             "model=mlp,gpt gives several values; expected one, or `modelpar compare` or `train -m` to try each",

@@ -92,7 +92,7 @@ def partition_table(plan: Plan) -> Table:
     title = f"{plan.num_stages} stages by {plan.partition.method}, {plan.num_microbatches} micro-batches"
     table = _table(title, caption=tied_note(plan))
     table.add_column("stage", justify="right")
-    table.add_column("layers", no_wrap=True)
+    table.add_column("layers", overflow="fold")  # long names take several lines rather than the other columns' room
     for name in ("parameters", f"share of\n{cost_unit(plan)}", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("device")
