@@ -97,6 +97,8 @@ class Replay:
             for slot in call.dropped:
                 env[slot] = None
         found = {name: env[slot] for name, slot in self._gives}
+        if self.routine.output is not None:
+            found["targets"] = None  # unless the loss takes some
         for name, ends, spec in self._ends:
             value = filled(ends)
             found[name] = value[0] if spec is None else trees.unflatten(value, spec)
