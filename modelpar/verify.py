@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from modelpar.capture import trees
 from modelpar.capture.capture import in_mode
+from modelpar.capture.deferred import materialize
 from modelpar.capture.objective import (
     Batch,
     LossResult,
@@ -80,7 +81,7 @@ def verify(
     `plan.tied` says, gradients of tied weights are added as autograd does, so that all may be equal to the bit.
     """
     plan = replace(plan, tied="exact")
-    model = objective.build(seed)
+    model = materialize(objective.build(seed))
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits
     try:
