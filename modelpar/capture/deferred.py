@@ -70,7 +70,7 @@ def made(tensors: Iterable[Tensor]) -> Iterator[None]:
         for tensor in {id(t): t for t in tensors}.values():
             if (recipe := recipe_of(tensor)) is not None:
                 with aside():
-                    placed.append((tensor, put(tensor, recipe.make())))
+                    placed.append((tensor, put(tensor, recipe.make(briefly=True))))
         yield
     finally:
         for tensor, meta in placed:
@@ -155,7 +155,7 @@ class _Stream:
         with aside():
             if not tensor.is_meta:
                 return
-            meta = put(tensor, self._waiting[id(tensor)][1].make())
+            meta = put(tensor, self._waiting[id(tensor)][1].make(briefly=True))
             self._frames[-1].append((tensor, meta))
             self._here[tensor.untyped_storage()._cdata] = tensor
 

@@ -14,6 +14,7 @@ the values do not depend on who makes what. Buffers are made at once.
 from __future__ import annotations
 
 import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -244,10 +245,11 @@ def construct(factory: Callable[[], Any], seed: int, *, keep: bool = False) -> A
 @contextmanager
 def _registering(place: Callable[[nn.Parameter], nn.Parameter]) -> Iterator[None]:
     """Lets modules register what stands for a parameter in its place."""
-    original = nn.Module.register_parameter
+    original, thread = nn.Module.register_parameter, threading.get_ident()
 
     def register(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        original(module, name, None if param is None else place(param))
+        here = param is not None and threading.get_ident() == thread
+        original(module, name, place(param) if here and param is not None else param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
     try:

@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from mmap import mmap
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -21,8 +22,8 @@ _RECIPE = "modelpar_recipe"
 class Recipe(Protocol):
     """How a tensor that is not there yet is made."""
 
-    def make(self) -> Tensor:
-        """Returns it, on the CPU."""
+    def make(self, briefly: bool = False) -> Tensor:
+        """Returns it, on the CPU; `briefly` where it is freed soon, see `room`."""
         ...
 
 
@@ -95,7 +96,7 @@ class Drawn:
         """Whether anything gives it values."""
         return bool(self.constants) or not all(_makes_nothing(op.function) for op in self.ops)
 
-    def make(self) -> Tensor:
+    def make(self, briefly: bool = False) -> Tensor:
         """Returns it, on the CPU; raises CaptureError where some of its numbers were never given."""
         memory = {number: constant.clone() for number, constant in self.constants.items()}
         for op in self.ops:
@@ -103,11 +104,13 @@ class Drawn:
             if op.key is not None:
                 torch.default_generator.manual_seed(op.key)
             outputs = tensors_in(function_of(op.function)(*args, **kwargs))
+            nothing = _makes_nothing(op.function)
             for number, output in zip(op.makes, outputs, strict=True):
                 if number is not None:
-                    memory[number] = output
-                    if _makes_nothing(op.function) and output.is_floating_point():
-                        output.fill_(torch.nan)
+                    memory[number] = room(output) if nothing and briefly else output
+                    if nothing and output.is_floating_point():
+                        memory[number].fill_(torch.nan)
+            del outputs
         found = self.piece.of(memory[self.piece.memory])
         if found.is_floating_point() and found.numel() and bool(found.sum().isnan()):
             missing = int(found.isnan().sum())
@@ -117,6 +120,23 @@ class Drawn:
                     "to do so, in reset_parameters or __init__, or weights="
                 )
         return found
+
+
+def room(like: Tensor) -> Tensor:
+    """Returns memory for a tensor that lives briefly; when it is freed, the process has it no more.
+
+    The C library would keep it, and could not use it for the next one: it asks for a little more than it needs in order
+    to align it, so each would get new memory.
+    """
+    size = like.untyped_storage().nbytes()
+    if size < _LARGE:
+        return torch.empty_like(like)
+    memory = torch.frombuffer(mmap(-1, size), dtype=torch.uint8).untyped_storage()
+    empty = torch.empty(0, dtype=like.dtype)
+    return empty.set_(memory, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
+
+
+_LARGE = 1 << 16
 
 
 @contextmanager

@@ -13,9 +13,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from modelpar.capture.recipe import set_recipe
+from modelpar.capture.recipe import room, set_recipe
 from modelpar.errors import ConfigError
 
+_AT_ONCE = 1 << 16
+"""How many numbers are read at once into memory that is used briefly."""
 _INDEX = "*.safetensors.index.json"
 
 
@@ -27,11 +29,21 @@ class Stored:
     key: str
     dtype: torch.dtype
 
-    def make(self) -> Tensor:
+    def make(self, briefly: bool = False) -> Tensor:
         """Returns it, on the CPU; raises ConfigError where the file is gone or damaged."""
         with _opened(self.path) as file:
-            found: Tensor = file.get_tensor(self.key)
-            return found.to(self.dtype)
+            if not briefly:
+                found: Tensor = file.get_tensor(self.key)
+                return found.to(self.dtype)
+            rows = file.get_slice(self.key)
+            shape = rows.get_shape()
+            into = room(torch.empty(shape, dtype=self.dtype))
+            if not shape:
+                return into.copy_(file.get_tensor(self.key))
+            step = max(1, _AT_ONCE // max(1, into[:1].numel()))
+            for start in range(0, shape[0], step):
+                into[start : start + step] = rows[start : start + step]
+            return into
 
 
 def read_from(model: nn.Module, path: str | Path) -> None:
