@@ -15,7 +15,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from modelpar.capture import trees
 from modelpar.capture.recipe import Recipe, forget_recipe, recipe_of, unseen
 
 _PATCHING = threading.RLock()

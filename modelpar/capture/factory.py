@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -29,7 +29,18 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelpar.capture.deferred import put
-from modelpar.capture.recipe import Drawn, Op, Piece, draw_key, function_of, set_recipe, tensors_in, unseen
+from modelpar.capture.recipe import (
+    Drawn,
+    Op,
+    Piece,
+    draw_key,
+    function_of,
+    makes_nothing,
+    room,
+    set_recipe,
+    tensors_in,
+    unseen,
+)
 from modelpar.errors import CaptureError, describe
 
 
@@ -77,7 +88,10 @@ class _Factory(TorchDispatchMode):
         elif key is not None:
             torch.default_generator.manual_seed(key)
             args, kwargs = pytree.tree_map_only(torch.Generator, lambda _: None, (args, kwargs))
-        output = func(*args, **kwargs)
+        if makes_nothing(str(func)) and not meta and str(kwargs.get("device", "cpu")) == "cpu":
+            output = room(func(*args, **{**kwargs, "device": torch.device("meta")}))
+        else:
+            output = func(*args, **kwargs)
         makes = tuple(self._new(t) if t.layout is torch.strided else None for t in tensors_in(output))
         if written or any(made is not None for made in makes):
             takes = tuple({piece.memory for piece in pieces.values()})
@@ -232,14 +246,30 @@ def construct(factory: Callable[[], Any], seed: int, *, keep: bool = False) -> A
                         f"{f'{place}.{name}'.strip('.')} is computed from a parameter and is neither a parameter nor a "
                         "buffer; expected register_buffer with init=meta"
                     )
-        for name, parameter in model.named_parameters():
-            if parameter.is_meta:
-                set_recipe(parameter, mode.recipe(name, parameter))
+        parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.is_meta}
+        recipes = {name: mode.recipe(name, parameter) for name, parameter in parameters.items()}
+        _refuse_shared_memory(recipes)
+        for name, recipe in recipes.items():
+            set_recipe(parameters[name], recipe)
         with torch.no_grad():
             for name, buffer in model.named_buffers():
                 if buffer.is_meta:
                     put(buffer, mode.recipe(name, buffer).make())
     return model
+
+
+def _refuse_shared_memory(recipes: Mapping[str, Drawn]) -> None:
+    """Raises CaptureError for parameters that are views of the same numbers: each would get its own."""
+    ends: dict[int, tuple[int, str]] = {}
+    for name, recipe in sorted(recipes.items(), key=lambda item: item[1].piece.range[0]):
+        (start, end), memory = recipe.piece.range, recipe.piece.memory
+        last, other = ends.get(memory, (0, ""))
+        if start < last:
+            raise CaptureError(
+                f"{other} and {name} are views of the same memory, which init=meta would take apart; expected one "
+                "parameter, registered by both modules"
+            )
+        ends[memory] = max((end, name), (last, other))
 
 
 @contextmanager
@@ -279,5 +309,3 @@ def _on_meta(tensor: Tensor) -> Tensor:
     if tensor.is_meta:
         return tensor
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-
-

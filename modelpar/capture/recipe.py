@@ -58,6 +58,14 @@ class Piece:
     stride: tuple[int, ...]
     offset: int
 
+    @property
+    def range(self) -> tuple[int, int]:
+        """The bytes that it spans."""
+        if not all(self.shape):
+            return 0, 0
+        last = self.offset + sum((n - 1) * s for n, s in zip(self.shape, self.stride, strict=True))
+        return self.offset * self.dtype.itemsize, (last + 1) * self.dtype.itemsize
+
     def of(self, base: Tensor) -> Tensor:
         """Returns the part of a tensor's memory."""
         empty = torch.empty(0, dtype=self.dtype, device=base.device)
@@ -94,7 +102,7 @@ class Drawn:
     @property
     def is_written(self) -> bool:
         """Whether anything gives it values."""
-        return bool(self.constants) or not all(_makes_nothing(op.function) for op in self.ops)
+        return bool(self.constants) or not all(makes_nothing(op.function) for op in self.ops)
 
     def make(self, briefly: bool = False) -> Tensor:
         """Returns it, on the CPU; raises CaptureError where some of its numbers were never given."""
@@ -103,8 +111,10 @@ class Drawn:
             args, kwargs = pytree.tree_map_only(Piece, lambda piece: piece.of(memory[piece.memory]), op.args)
             if op.key is not None:
                 torch.default_generator.manual_seed(op.key)
+            nothing = makes_nothing(op.function)
+            if nothing and briefly:
+                kwargs = {**kwargs, "device": torch.device("meta")}
             outputs = tensors_in(function_of(op.function)(*args, **kwargs))
-            nothing = _makes_nothing(op.function)
             for number, output in zip(op.makes, outputs, strict=True):
                 if number is not None:
                     memory[number] = room(output) if nothing and briefly else output
@@ -123,14 +133,14 @@ class Drawn:
 
 
 def room(like: Tensor) -> Tensor:
-    """Returns memory for a tensor that lives briefly; when it is freed, the process has it no more.
+    """Returns memory on the CPU for a tensor like another that lives briefly; when freed, the process has it no more.
 
     The C library would keep it, and could not use it for the next one: it asks for a little more than it needs in order
     to align it, so each would get new memory.
     """
     size = like.untyped_storage().nbytes()
     if size < _LARGE:
-        return torch.empty_like(like)
+        return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
     memory = torch.frombuffer(mmap(-1, size), dtype=torch.uint8).untyped_storage()
     empty = torch.empty(0, dtype=like.dtype)
     return empty.set_(memory, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
@@ -151,11 +161,13 @@ def tensors_in(tree: Any) -> list[Tensor]:
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
-def _makes_nothing(function: str) -> bool:
+def makes_nothing(function: str) -> bool:
+    """Tells whether an operation only makes room for numbers."""
     return "empty" in function.split(".")[1]
 
 
 def function_of(name: str) -> Any:
+    """Returns an operation by its name."""
     if name.startswith("init."):
         return getattr(nn.init, name.removeprefix("init."))
     space, function, overload = name.split(".")

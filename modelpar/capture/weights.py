@@ -37,7 +37,7 @@ class Stored:
                 return found.to(self.dtype)
             rows = file.get_slice(self.key)
             shape = rows.get_shape()
-            into = room(torch.empty(shape, dtype=self.dtype))
+            into = room(torch.empty(shape, dtype=self.dtype, device="meta"))
             if not shape:
                 return into.copy_(file.get_tensor(self.key))
             step = max(1, _AT_ONCE // max(1, into[:1].numel()))
