@@ -10,7 +10,9 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from torch import nn
 
+from modelpar.capture.factory import construct
 from modelpar.capture.objective import Batch, Objective
 from modelpar.data.base import Data
 from modelpar.errors import ConfigError, ModelparError
@@ -108,17 +110,32 @@ def task_of(config: DictConfig) -> Task:
         if training[name] < least:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)
-    model, example, loss = make(config.model, "model")
+    objective, example = _objective(config)
     from_file = "example" in config.data and "factory" in config.model
     data: Data = make(config.data, "data", **({"example": example} if from_file else {}))
     return Task(
         config=config,
-        objective=Objective(model, loss),
+        objective=objective,
         data=data,
         example=next(data.batches(training.batch_size, training.seed)),
         optimizer=make(config.optimizer, "optimizer"),
         lr_schedule=make(config.lr_schedule, "lr_schedule"),
     )
+
+
+def _objective(config: DictConfig) -> tuple[Objective, Any]:
+    """Returns the model with its loss, and the example batch that comes with it."""
+    init, weights = config.pipeline.init, config.pipeline.weights
+    if init is None and weights is None:
+        model, example, loss = make(config.model, "model")
+        return Objective(model, loss), example
+
+    def factory() -> nn.Module:
+        found: nn.Module = make(config.model, "model")[0]
+        return found
+
+    _, example, loss = construct(lambda: make(config.model, "model"), config.training.seed)
+    return Objective(factory, loss, init=init, weights=weights), example
 
 
 def make(config: DictConfig, what: str, **arguments: Any) -> Any:

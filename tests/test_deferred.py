@@ -19,6 +19,8 @@ from modelpar.errors import CaptureError, ConfigError
 from modelpar.models import convnet, gpt, mlp
 from modelpar.planner import plan
 from modelpar.run.pipeline import Pipeline
+from modelpar.run.workers import Workers
+from modelpar.verify import verify
 
 SMALL = {
     "gpt": lambda: gpt.build(vocab_size=16, context=6, width=8, depth=3, heads=2),
@@ -271,3 +273,41 @@ def test_recipes_are_seen_by_nobody_who_watches():
         value = recipe_of(model.weight).make()
     assert packed == []
     assert value.dtype == torch.float32
+
+
+def hooked():
+    parameter = nn.Parameter(torch.zeros(2, 2))
+    parameter.register_hook(lambda grad: grad)
+    model = nn.Linear(2, 2)
+    model.weight = parameter
+    return nn.Sequential(model)
+
+
+def test_hooks_on_parameters_are_refused_as_ever():
+    with pytest.raises(CaptureError, match=r"0\.weight has a hook"):
+        make_plan(Objective(hooked, F.mse_loss, init="meta"), (torch.zeros(4, 2), torch.zeros(4, 2)), num_ranks=1)
+
+
+def test_verify_finds_all_equal():
+    _, batch, loss = SMALL["gpt"]()
+    objective = Objective(lambda: SMALL["gpt"]()[0], loss, init="meta")
+    decided = make_plan(objective, batch, num_microbatches=2)
+    with Workers(2, transport="threads") as workers:
+        verdict = verify(objective, batch, decided, optimizer=momentum, workers=workers)
+    assert verdict.passed, [check for check in verdict.checks if not check.passed]
+
+
+def test_a_model_of_a_library_with_its_own_initialisation():
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=20, vocab_size=50
+    )
+
+    def factory():
+        return transformers.LlamaForCausalLM(config)
+
+    deferred, there = construct(factory, 5), construct(factory, 5, keep=True)
+    weight = there.model.layers[1].mlp.up_proj.weight
+    assert abs(float(weight.std()) - config.initializer_range) < 0.003  # not what nn.Linear draws
+    for (name, found), expected in zip(materialize(deferred).named_parameters(), there.parameters(), strict=True):
+        assert torch.equal(found, expected), name

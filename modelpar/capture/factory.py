@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.parameter import UninitializedTensorMixin
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -147,7 +146,7 @@ class _Factory(TorchDispatchMode):
 
     def place(self, parameter: nn.Parameter) -> nn.Parameter:
         """Returns what stands for a parameter on the meta device; the same for the same one."""
-        if self._keep or parameter.is_meta or isinstance(parameter, UninitializedTensorMixin):
+        if self._keep or parameter.is_meta or type(parameter) is not nn.Parameter:
             return parameter
         reference, placed = self._placed.get(id(parameter), (None, None))
         if reference is not None and placed is not None and reference() is parameter:
@@ -160,6 +159,9 @@ class _Factory(TorchDispatchMode):
                 self._name(self._bases[piece.memory], piece.memory)
             placed = nn.Parameter(piece.of(self._bases[piece.memory]), parameter.requires_grad)
             vars(placed).update(vars(parameter))
+            for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # which the capture refuses
+                if found := getattr(parameter, hooks, None):
+                    setattr(placed, hooks, found)
         self._placed[id(parameter)] = weakref.ref(parameter), placed
         return placed
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from mmap import mmap
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -122,7 +123,7 @@ class Drawn:
                         memory[number].fill_(torch.nan)
             del outputs
         found = self.piece.of(memory[self.piece.memory])
-        if found.is_floating_point() and found.numel() and bool(found.sum().isnan()):
+        if found.is_floating_point() and found.dtype.itemsize > 1 and bool(found.sum().isnan()):
             missing = int(found.isnan().sum())
             if missing:
                 raise CaptureError(
@@ -141,12 +142,13 @@ def room(like: Tensor) -> Tensor:
     size = like.untyped_storage().nbytes()
     if size < _LARGE:
         return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype)
-    memory = torch.frombuffer(mmap(-1, size), dtype=torch.uint8).untyped_storage()
+    memory = torch.frombuffer(mmap.mmap(-1, size, **_PRIVATE), dtype=torch.uint8).untyped_storage()
     empty = torch.empty(0, dtype=like.dtype)
     return empty.set_(memory, like.storage_offset(), like.shape, like.stride())  # type: ignore[call-overload]
 
 
 _LARGE = 1 << 16
+_PRIVATE: Any = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -105,7 +105,7 @@ class Worker:
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
-            materialize(program.module)
+            self._make(program)
             runners[program.stage] = StageRunner(program, settings.seed, device, self._random_lock)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
@@ -128,9 +128,14 @@ class Worker:
         work: SweepWork = wire.receive(setup)
         received: list[StageProgram] = [wire.receive(parcel) for parcel in programs]
         for program in received:
-            materialize(program.module)
+            self._make(program)
         alone = self._random_lock is None
         return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs))
+
+    def _make(self, program: StageProgram) -> None:
+        """Makes what is not there of a stage: it may draw from the generators."""
+        with self._random_lock or nullcontext():
+            materialize(program.module)
 
     def _describe(self, error: BaseException) -> Failure:
         try:
