@@ -69,7 +69,7 @@ def test_a_model_larger_than_each_process_trains():
             results = [pipeline.step(batch) for _ in range(2)]
     assert all(math.isfinite(result.loss) and result.grad_norm > 0 for result in results)
     assert results[1].loss != results[0].loss
-    assert here.bytes() < size / 3  # 46 MB were seen for 448 MB
+    assert here.bytes() < size / 3  # 45 MB were seen for 448 MB
     assert max(results[1].peak_bytes) < 2 * size
 
 
