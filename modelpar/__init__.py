@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from modelpar.planning import partitioners, schedules
     from modelpar.planning.plan import Plan
     from modelpar.planning.result import StepResult
+    from modelpar.planning.verdict import Verdict
+    from modelpar.proof import verify
     from modelpar.run.pipeline import EvalResult, Pipeline
     from modelpar.run.workers import Workers
     from modelpar.rundir import load_into
@@ -27,11 +29,13 @@ __all__ = [
     "Pipeline",
     "Plan",
     "StepResult",
+    "Verdict",
     "Workers",
     "load_into",
     "partitioners",
     "plan",
     "schedules",
+    "verify",
 ]
 
 _HOMES = {
@@ -41,11 +45,13 @@ _HOMES = {
     "Pipeline": "modelpar.run.pipeline",
     "Plan": "modelpar.planning.plan",
     "StepResult": "modelpar.planning.result",
+    "Verdict": "modelpar.planning.verdict",
     "Workers": "modelpar.run.workers",
     "load_into": "modelpar.rundir",
     "partitioners": "modelpar.planning",
     "plan": "modelpar.planner",
     "schedules": "modelpar.planning",
+    "verify": "modelpar.proof",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `view`."""
+"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `verify`, `view`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ _COMMANDS = {
     "simulate": "predict a step and draw it; starts no process",
     "compare": "compare partitions and schedules, predicted and measured",
     "profile": "measure what each layer costs with all ranks busy, and save it",
+    "verify": "compare the split model with the unsplit one, to the bit",
     "view": "show runs in TensorBoard",
 }
 _EXAMPLES = {
@@ -32,8 +33,8 @@ _EXAMPLES = {
         "modelpar train model=file model.factory=my_model.py:build data=arrays data.path=samples.npz",
     ),
     "simulate": (
-        "modelpar simulate schedule=gpipe pipeline.num_microbatches=16",
         "modelpar simulate model=convnet partition=manual partition.balance=[5,3] pipeline.profile=flops",
+        "modelpar simulate profile=graph.txt pipeline.num_ranks=4 cluster.link.bandwidth=10GB cluster.memory=16GB",
     ),
     "compare": (
         "modelpar compare partition=uniform,by_parameters,optimal schedule=gpipe,1f1b",
@@ -42,6 +43,10 @@ _EXAMPLES = {
     "profile": (
         "modelpar profile model=gpt pipeline.num_ranks=2",
         "modelpar profile model=convnet pipeline.num_microbatches=16 file=convnet.json",
+    ),
+    "verify": (
+        "modelpar verify model=gpt pipeline.num_ranks=4 schedule=gpipe",
+        "modelpar verify model=hf model.config=GPT2Config +model.n_layer=4 transport=threads",
     ),
     "view": ("modelpar view runs", "modelpar view runs/first runs/second --port 6007"),
 }
@@ -60,7 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if command != "view" and {"-h", "--help"} & set(rest):
             print(_command_help(command))
             return
-        commands = {"train": _train, "simulate": _simulate, "compare": _compare, "profile": _profile, "view": _view}
+        commands = {"train": _train, "simulate": _simulate, "compare": _compare}
+        commands |= {"profile": _profile, "verify": _verify, "view": _view}
         commands[command](rest)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -142,6 +148,14 @@ def _profile(words: list[str]) -> None:
     from modelpar.profile import profile
 
     profile(config, Console())
+
+
+def _verify(words: list[str]) -> None:
+    config = configs.load("verify", _overrides("verify", words))
+    from modelpar.verify_command import verify_command
+
+    if not verify_command(config, Console()).passed:
+        sys.exit(1)
 
 
 def _view(words: list[str]) -> None:

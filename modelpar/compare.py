@@ -154,7 +154,7 @@ def _runs_as(candidate: _Candidate) -> str:
 def _row(candidate: _Candidate) -> Row:
     plan, results = candidate.plan, candidate.results
     assert plan.prediction
-    config = candidate.config
+    config, homes = candidate.config, plan.schedule.stage_to_rank
     return Row(
         name=candidate.name,
         partition=plan.partition.method,
@@ -162,7 +162,9 @@ def _row(candidate: _Candidate) -> Row:
         num_ranks=plan.num_ranks,
         num_microbatches=plan.num_microbatches,
         balance=plan.partition.balance,
-        bottleneck_seconds=max(stage_seconds(plan.graph, plan.profile, plan.cluster, plan.partition)),
+        bottleneck_seconds=max(
+            stage_seconds(plan.graph, plan.profile, plan.cluster, plan.partition, stage_to_rank=homes)
+        ),
         predicted_step_seconds=plan.prediction.step_seconds,
         bubble=fmean(result.timeline.bubble for result in results) if results else plan.prediction.bubble,
         measured_step_seconds=median(result.timeline.makespan for result in results) if results else None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import inspect
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -10,14 +11,17 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
-from hydra.errors import HydraException, OverrideParseException
+from hydra.errors import HydraException, InstantiationException, OverrideParseException
+from hydra.utils import get_method, instantiate
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, ModelparError
 from modelpar.paths import config_dir
+from modelpar.planning.cluster import Cluster, Link
+from modelpar.planning.cluster_options import read_cluster
 
-GROUPS = ("model", "data", "partition", "schedule", "transport", "optimizer", "lr_schedule")
+GROUPS = ("model", "data", "partition", "schedule", "transport", "cluster", "optimizer", "lr_schedule")
 """The config groups, in the order in which people ask for them."""
 
 
@@ -38,6 +42,7 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
     _check_sections(config, plain)
     _check_types(checked(config), plain)
+    cluster_of(config)
     return config
 
 
@@ -51,6 +56,24 @@ def checked(config: DictConfig) -> DictConfig:
     if missing:
         raise ConfigError(f"{missing[0]} has no value; expected {missing[0]}=… on the command line")
     return config
+
+
+def cluster_of(config: DictConfig, devices: Sequence[str] = (), usual: Link | None = None) -> Cluster:
+    """Returns the cluster that a configuration describes, as `read_cluster` does, with as many ranks as it has."""
+    options: Any = OmegaConf.to_container(config.cluster, resolve=True)
+    return read_cluster(options, config.pipeline.num_ranks, devices, usual)
+
+
+def make(config: DictConfig, what: str, **arguments: Any) -> Any:
+    """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
+    try:
+        return instantiate(config, _convert_="all", **arguments)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, ModelparError):
+            raise error.__cause__ from None
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error
 
 
 def choices(group: str) -> list[str]:
@@ -120,7 +143,7 @@ def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
         return f"{group}={choice} is unknown; {_expected(choice, choices(group))}"
     if found := re.search(r"(?:Could not override|Key) '([\w.@/-]+)'", text):
         key = _full_key(found[1], overrides)
-        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}"
+        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}{_by_plus(key, overrides)}"
     if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
         key, _, value = found[1].partition("=")
         one = "one" if key in GROUPS else f"one, a list {key}=[{value}]"
@@ -150,10 +173,32 @@ def _keys_near(name: str, key: str, overrides: Sequence[str]) -> Iterator[str]:
     yield from (".".join([*prefix, str(k)]) for k in node if not str(k).startswith("_"))
 
 
+def _by_plus(key: str, overrides: Sequence[str]) -> str:
+    """Returns what else is possible for a group whose function takes any option: a + adds it."""
+    group = key.partition(".")[0]
+    chosen = [override.partition("=")[2] for override in _chosen(overrides) if override.startswith(f"{group}=")]
+    file = config_dir() / group / f"{chosen[-1] if chosen else ''}.yaml"
+    if not file.is_file():
+        return ""
+    try:
+        takes = inspect.signature(get_method(OmegaConf.load(file)._target_)).parameters.values()
+    except Exception:  # a function that cannot be found is another error than the one at hand
+        return ""
+    return (
+        f"; +{key}=… passes an option that is not listed"
+        if any(each.kind is each.VAR_KEYWORD for each in takes)
+        else ""
+    )
+
+
 def _expected(wrong: str, valid: list[str]) -> str:
     close = difflib.get_close_matches(wrong, valid, n=1)
     guess = f"did you mean {close[0]}? " if close else ""
     return f"{guess}expected one of {', '.join(valid)}"
+
+
+class _Size:
+    """A number of bytes, or text such as 8GB."""
 
 
 _NULLABLE: dict[str, type] = {
@@ -163,12 +208,23 @@ _NULLABLE: dict[str, type] = {
     "pipeline.init": str,
     "pipeline.weights": str,
     "transport.step_timeout": float,
-    "transport.latency": float,
-    "transport.bandwidth": float,
+    "cluster.devices": ListConfig,
+    "cluster.memory": _Size,
+    "cluster.link.latency": float,
+    "cluster.link.bandwidth": _Size,
+    "cluster.links": ListConfig,
+    "profile": str,
     "measure": int,
+    "model.head": str,
+    "model.image_size": int,
 }
 """What may be null, and its type where it is not."""
-_REQUIRED: dict[str, type] = {"partition.balance": ListConfig, "data.path": str, "model.factory": str}
+_REQUIRED: dict[str, type] = {
+    "partition.balance": ListConfig,
+    "data.path": str,
+    "model.factory": str,
+    "model.config": str,
+}
 """The types of what has no default."""
 
 
@@ -205,7 +261,7 @@ def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> Non
 
 
 def _check_type(key: str, found: Any, wanted: type) -> None:
-    kinds = {float: (int, float), type(None): (type(found),)}.get(wanted, (wanted,))
+    kinds = {float: (int, float), _Size: (int, float, str), type(None): (type(found),)}.get(wanted, (wanted,))
     if type(found) in kinds or (found is None and key in _NULLABLE):
         return
     shown = OmegaConf.to_container(found) if isinstance(found, DictConfig | ListConfig) else found
@@ -213,7 +269,14 @@ def _check_type(key: str, found: Any, wanted: type) -> None:
     raise ConfigError(f"{key} is {shown}; expected {_KINDS.get(wanted, wanted.__name__)}")
 
 
-_KINDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text", ListConfig: "a list"}
+_KINDS = {
+    int: "a whole number",
+    float: "a number",
+    bool: "true or false",
+    str: "text",
+    ListConfig: "a list",
+    _Size: "bytes, or such as 8GB",
+}
 
 
 def _first_line(error: Exception) -> str:

@@ -15,11 +15,12 @@ from modelpar.capture import profiler
 from modelpar.capture.capture import capture
 from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
 from modelpar.capture.survey import Grain
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, PartitionError
 from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
-from modelpar.planning.cluster import Cluster, Link
-from modelpar.planning.partitioners import Partitioner
+from modelpar.planning.cluster import UNKNOWN, Cluster, Link
+from modelpar.planning.fitting import check_memory
+from modelpar.planning.partitioners import Partitioner, with_schedule
 from modelpar.planning.plan import Plan, ScheduleGenerator
 from modelpar.planning.profile import Profile
 from modelpar.planning.simulate import predict, prediction
@@ -35,21 +36,22 @@ def plan(
     objective: Objective,
     example_batch: Batch,
     *,
-    num_ranks: int = 2,
+    num_ranks: int | None = None,
     num_microbatches: int = 8,
     partitioner: Partitioner = partitioners.optimal,
     schedule: ScheduleGenerator = schedules.one_f_one_b,
     num_threads: int | None = None,
     devices: Sequence[str] | None = None,
+    cluster: Cluster | None = None,
     link: Link | None = None,
     profile: str | Path | Profile = "measured",
     tied: str = "fast",
     seed: int = 0,
     optimizer: OptimizerFactory | None = None,
     max_norm: float | None = None,
-    transport: str = "rpc",
-    shared_memory: bool = True,
-    cuda_ipc: bool = False,
+    transport: str | None = None,
+    shared_memory: bool | None = None,
+    cuda_ipc: bool | None = None,
     workers: Callable[[], Workers] | Workers | None = None,
     leaf: Sequence[str] = (),
     split_before: Sequence[str] = (),
@@ -61,14 +63,19 @@ def plan(
     again), "anew" (measured again), "alone" (as measured before, or else timed in this process), "flops" (counted, free
     of noise), the path of a profile.json, or a Profile. Where it has to measure it starts ranks for a few seconds;
     running `workers`, or a function that starts some, save that. `transport`, `shared_memory` and `cuda_ipc` are those
-    of the workers. With an `optimizer` and a `max_norm` a profile tells what these cost.
-    `link` overrides what a message is measured to cost. `num_threads` per rank is by default max(1, cores // ranks).
+    of the workers; by default those of the cluster. With an `optimizer` and a `max_norm` a profile tells what these
+    cost.
+    `cluster` says what the ranks' devices can do and what connects them: `Cluster(("cpu", "cpu"), speeds=(1, 0.5),
+    memory=(8 * 10**9, 4 * 10**9))`. By default there are `num_ranks` (2) equal ones without limits. The link is
+    measured, unless `link` or the cluster says what a message costs.
+    `num_threads` per rank is by default max(1, cores // ranks).
     `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
     `leaf`, `split_before` and `keep_together` say how finely the model may be cut, see `Grain`: by FQN, pattern of FQNs
     ("h.*") or class name.
 
     Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work, before it starts anything.
     """
+    num_ranks = _num_ranks(num_ranks, cluster)
     if num_ranks < 1 or num_microbatches < 1:
         raise ConfigError(
             f"num_ranks is {num_ranks} and num_microbatches {num_microbatches}; expected at least 1 of both"
@@ -76,34 +83,46 @@ def plan(
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}; expected at least 1")
     num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
-    setting = Setting(place(num_ranks, devices), num_threads, transport, shared_memory, cuda_ipc)
+    described = cluster or Cluster(place(num_ranks, devices))
+    how = (transport, shared_memory, cuda_ipc), (described.transport, described.shared_memory, described.cuda_ipc)
+    transport, shared_memory, cuda_ipc = (own if given is None else given for given, own in zip(*how, strict=True))
+    places = place(num_ranks, devices or described.devices)
+    described = replace(described, devices=places, transport=transport, shared_memory=shared_memory, cuda_ipc=cuda_ipc)
+    setting = Setting(places, num_threads, transport, shared_memory, cuda_ipc)
     order = schedule(num_ranks, num_microbatches)
     model = objective.build(seed)
     size = batch_size(example_batch[0], objective.batch_dim)
     sizes = microbatch_sizes(size, num_microbatches)
     inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
     grain = Grain(tuple(leaf), tuple(split_before), tuple(keep_together))
-    captured = capture(objective, (inputs, targets), model, num_ranks=num_ranks, grain=grain)
+    captured = capture(objective, (inputs, targets), model, num_ranks=order.num_stages, grain=grain)
     graph = captured.graph
     count = profiler.count(objective, captured, (inputs, targets), model)
     subject = Subject(objective, captured, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
 
     def decided(profile: Profile) -> Plan:
-        link_between = link or profile.link or UNMEASURED_LINKS[transport]
-        cluster = Cluster(setting.devices, (), link_between, transport, shared_memory, cuda_ipc)
-        return Plan(
+        known = link or (described.link if described.link is not UNKNOWN else profile.link)
+        cluster = replace(described, link=known or UNMEASURED_LINKS[transport])
+        found = Plan(
             graph=graph,
             profile=profile,
             cluster=cluster,
-            partition=partitioner(graph, profile, cluster, order.num_stages),
+            partition=split(graph, profile, cluster, order.num_stages),
             schedule=order,
             generator=schedule,
             num_threads=num_threads,
             tied=tied,
             captured=(objective.model, captured.recording),
         )
+        check_memory(found)
+        return found
 
-    decided(count.profile)  # finds out what cannot work, before anything is started
+    split = with_schedule(partitioner, lambda ranks: order if ranks == num_ranks else schedule(ranks, num_microbatches))
+    try:  # finds out what cannot work, before anything is started
+        decided(count.profile if profile == "flops" else _without_optimizer(count.profile))
+    except PartitionError:
+        decided(count.profile)  # a message with all that is expected to be held
+        raise
     found = decided(_profile(profile, subject, setting, workers))
     return found.with_prediction(prediction(predict(found)))
 
@@ -156,6 +175,18 @@ def measured_profile(subject: Subject, setting: Setting, workers: Workers, *, an
     profile = swept(subject, setting, workers)
     cache.save("profile", {**subject.key(), **setting.key()}, profile.to_json())
     return replace(profile, link=Link.from_json(link))
+
+
+def _without_optimizer(profile: Profile) -> Profile:
+    """Returns a profile in which the optimizer keeps nothing, as some do: what does not fit then never does."""
+    return replace(profile, layers=tuple(replace(layer, optimizer_bytes=0) for layer in profile.layers))
+
+
+def _num_ranks(asked: int | None, cluster: Cluster | None) -> int:
+    """Returns how many ranks there are to be; raises ConfigError where the cluster has another number of devices."""
+    if cluster is not None and asked not in (None, cluster.num_ranks):
+        raise ConfigError(f"num_ranks is {asked}, but the cluster has {cluster.num_ranks} devices; expected as many")
+    return asked if asked is not None else cluster.num_ranks if cluster is not None else 2
 
 
 def place(num_ranks: int, devices: Sequence[str] | None = None) -> tuple[str, ...]:

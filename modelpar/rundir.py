@@ -69,6 +69,11 @@ class RunDir:
         return self.path / "result.json"
 
     @property
+    def verdict(self) -> Path:
+        """What `modelpar verify` found."""
+        return self.path / "verify.json"
+
+    @property
     def weights(self) -> Path:
         """The trained weights."""
         return self.path / "weights.safetensors"
@@ -83,9 +88,11 @@ class RunDir:
 
     def write_result(self, result: Mapping[str, Any]) -> None:
         """Writes result.json, all of it or nothing."""
-        temporary = self.result.with_suffix(".tmp")
-        temporary.write_text(json.dumps(result, indent=1) + "\n")
-        os.replace(temporary, self.result)
+        _write_json(self.result, result)
+
+    def write_verdict(self, verdict: Mapping[str, Any]) -> None:
+        """Writes verify.json, all of it or nothing."""
+        _write_json(self.verdict, verdict)
 
     def write_weights(self, state: Mapping[str, Tensor], tied: tuple[Tied, ...]) -> None:
         """Writes weights.safetensors, all of it or nothing: tied tensors once, their other names in the metadata."""
@@ -94,6 +101,12 @@ class RunDir:
         temporary = self.weights.with_suffix(".tmp")
         save_file(once, temporary, {"format": "pt", "tied": json.dumps(aliases)})
         os.replace(temporary, self.weights)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(value, indent=1) + "\n")
+    os.replace(temporary, path)
 
 
 def load_into(model: nn.Module, run: str | Path) -> None:

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig
 from torch import nn
 
 from modelpar.capture.factory import construct
 from modelpar.capture.objective import Batch, Objective
+from modelpar.config import choice, cluster_of, make
 from modelpar.data.base import Data
-from modelpar.errors import ConfigError, ModelparError
-from modelpar.planner import UNMEASURED_LINKS, plan
-from modelpar.planning.cluster import Link
+from modelpar.errors import ConfigError
+from modelpar.planner import UNMEASURED_LINKS, place, plan
+from modelpar.planning.cluster import Cluster
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
 from modelpar.run.pipeline import Pipeline
@@ -51,8 +51,7 @@ class Task:
             partitioner=make(self.config.partition, "partition"),
             schedule=make(self.config.schedule, "schedule"),
             num_threads=pipeline.num_threads,
-            devices=pipeline.devices,
-            link=self._link(),
+            cluster=self._cluster(),
             profile=profile or pipeline.profile,
             tied=pipeline.tied,
             optimizer=self.optimizer,
@@ -61,16 +60,14 @@ class Task:
             shared_memory=transport.shared_memory,
             cuda_ipc=transport.cuda_ipc,
             workers=workers,
+            **{name: tuple(map(str, pipeline[name])) for name in ("leaf", "split_before", "keep_together")},
         )
 
-    def _link(self) -> Link | None:
-        """Returns the link that the configuration gives, None where it leaves both numbers to be measured."""
-        transport = self.config.transport
-        if transport.latency is None and transport.bandwidth is None:
-            return None
-        usual = UNMEASURED_LINKS.get(transport.kind, Link())
-        latency = usual.latency if transport.latency is None else transport.latency
-        return Link(latency, usual.bandwidth if transport.bandwidth is None else transport.bandwidth)
+    def _cluster(self) -> Cluster:
+        """Returns the cluster that the configuration describes, its ranks on devices of this machine."""
+        pipeline, transport = self.config.pipeline, self.config.transport
+        usual = UNMEASURED_LINKS.get(transport.kind)
+        return cluster_of(self.config, place(pipeline.num_ranks, pipeline.devices), usual)
 
     def workers(self, num_ranks: int) -> Workers:
         """Returns workers as the configuration wants them, not yet started."""
@@ -111,8 +108,8 @@ def task_of(config: DictConfig) -> Task:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)
     objective, example = _objective(config)
-    from_file = "example" in config.data and "factory" in config.model
-    data: Data = make(config.data, "data", **({"example": example} if from_file else {}))
+    of_example = "example" in config.data and not {"factory", "config"}.isdisjoint(config.model)
+    data: Data = make(config.data, "data", **({"example": example} if of_example else {}))
     return Task(
         config=config,
         objective=objective,
@@ -138,13 +135,13 @@ def _objective(config: DictConfig) -> tuple[Objective, Any]:
     return Objective(factory, loss, init=init, weights=weights), example
 
 
-def make(config: DictConfig, what: str, **arguments: Any) -> Any:
-    """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
-    try:
-        return instantiate(config, _convert_="all", **arguments)
-    except InstantiationException as error:
-        if isinstance(error.__cause__, ModelparError):
-            raise error.__cause__ from None
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())
-        raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error
+def model_name(config: DictConfig) -> str:
+    """Returns a short name of the model: of its file, of its config's class or folder, or of the choice."""
+    if "factory" in config.model:
+        return Path(config.model.factory.split(":")[0]).stem
+    return Path(config.model.config).name if "config" in config.model else choice(config, "model")
+
+
+def run_name(config: DictConfig) -> str:
+    """Returns what a run's folder is called by default, after the time."""
+    return f"{model_name(config)}-{choice(config, 'schedule')}"

@@ -9,7 +9,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import cache
-from pathlib import Path
 from threading import current_thread, main_thread
 from typing import Any
 
@@ -27,7 +26,7 @@ from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import TrainingSummary, partition_table, prediction_notes, training_summary
 from modelpar.run.pipeline import Pipeline
 from modelpar.rundir import RunDir
-from modelpar.task import Task, task_of
+from modelpar.task import Task, model_name, run_name, task_of
 
 _STOPPING = b"modelpar: stopping after the step under way; once more ends it at once\n"
 
@@ -45,8 +44,7 @@ def train(config: DictConfig, console: Console) -> RunDir:
         start = cache(lambda: exits.enter_context(workers))
         plan = task.plan(workers=start)
         pipeline = task.pipeline(plan, workers)
-        stem = f"{_model_name(config)}-{choice(config, 'schedule')}"
-        run = RunDir.create(config.output.folder, config.output.name, stem)
+        run = RunDir.create(config.output.folder, config.output.name, run_name(config))
         record, status = Record(plan), "failed"
         exits.callback(run.remove_if_empty)
         console.print(task.data.description, highlight=False, markup=False)
@@ -148,13 +146,9 @@ def _stop_between_steps() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _model_name(config: DictConfig) -> str:
-    return Path(config.model.factory.split(":")[0]).stem if "factory" in config.model else choice(config, "model")
-
-
 def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
     return {
-        "model": _model_name(config),
+        "model": model_name(config),
         "schedule": choice(config, "schedule"),
         "partition": plan.partition.method,
         "balance": "-".join(map(str, plan.partition.balance)),

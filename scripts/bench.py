@@ -13,7 +13,7 @@ from typing import NamedTuple
 SCRIPTS = Path(__file__).resolve().parent
 sys.path[:0] = [str(SCRIPTS), str(SCRIPTS.parent)]
 
-from benchmarks import actions, compute, markdown, prediction, processes, recording, startup, steps, transport  # noqa: E402
+from benchmarks import actions, capture, compute, markdown, prediction, processes, recording, startup, steps, transport  # noqa: E402
 from benchmarks.hosts import HostError  # noqa: E402
 from benchmarks.options import Options  # noqa: E402
 
@@ -28,6 +28,7 @@ class Section(NamedTuple):
 SECTIONS = {
     "steps": Section("Step time", steps.run),
     "compute": Section("Compute, alone and in the pipeline", compute.run),
+    "capture": Section("Capture and replay", capture.run),
     "actions": Section("Overhead per action", actions.run),
     "transport": Section("Transport", transport.run),
     "startup": Section("Command to first step", startup.run),
@@ -36,7 +37,7 @@ SECTIONS = {
     "prediction": Section("Prediction", prediction.run),
 }
 
-NOT_QUICK = ("compute", "processes", "recording")
+NOT_QUICK = ("compute", "capture", "processes", "recording")
 """Sections that cannot be shortened: --quick leaves them out unless --only names them."""
 
 

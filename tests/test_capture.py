@@ -13,6 +13,7 @@ from modelpar.capture import profiler
 from modelpar.capture.capture import capture
 from modelpar.capture.cut import cut_routine, cut_stage
 from modelpar.capture.objective import Objective
+from modelpar.capture.replay import Replay
 from modelpar.errors import CaptureError
 from modelpar.models import convnet, gpt, mlp
 from modelpar.planner import plan
@@ -282,7 +283,7 @@ def test_stages_hold_the_layers_of_the_model_under_their_names(name):
     values = dict(zip(("inputs", "targets"), batch, strict=True))
     for stage, program in enumerate(programs):
         routine = cut_routine(recording, bounds, stage)
-        values |= routine.run(program.module, values)
+        values |= Replay(routine, program.module)(values)
     assert torch.equal(values["output"], model(batch[0]))
 
 

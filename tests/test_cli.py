@@ -95,6 +95,17 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} pipeline.devices=[cpu]", "1 devices \\['cpu'\\] for 2 ranks; expected one per rank"),
         (f"{GPT_WORDS} pipeline.profile=guess", "profile is 'guess'; expected measured, anew, alone, flops, or .*"),
         (f"{GPT_WORDS} pipeline.tied=loose", 'tied is \'loose\'; expected "fast" or "exact"'),
+        (
+            f"{GPT_WORDS} pipeline.leaf=[h9]",
+            "leaf='h9' fits no module of the model; expected an FQN, a pattern such as 'h\\.\\*', or a class name; .*",
+        ),
+        (f"{GPT_WORDS} pipeline.split_before=[3]", "split_before='3' fits no module of the model; .*"),
+        (f"{GPT_WORDS} pipeline.keep_together=[null]", "keep_together='None' fits no module of the model; .*"),
+        (f"{GPT_WORDS} pipeline.leaf=h0", "pipeline.leaf is 'h0'; expected a list"),
+        (
+            f"{GPT_WORDS} pipeline.leaf=[h0] pipeline.split_before=[h0.attn]",
+            "leaf names h0, which split_before needs to look into; expected one of the two",
+        ),
         (f"{GPT_WORDS} training.steps=0", "training.steps is 0; expected at least 1"),
         (f"{GPT_WORDS} training.batch_size=0", "training.batch_size is 0; expected at least 1"),
         (f"{GPT_WORDS} training.seed=-1", "training.seed is -1; expected at least 0"),
@@ -122,7 +133,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
         (f"{GPT_WORDS} data.heldout=1", "data.heldout is 1; expected a share of at least 0 and less than 1"),
         (f"{GPT_WORDS} transport.port=-1", "port is -1; expected 0 to 65535"),
         (f"{GPT_WORDS} transport.heartbeat_timeout=0", "heartbeat_timeout is 0 and .*; expected seconds above 0"),
-        (f"{GPT_WORDS} transport.latency=-1", "Link\\(latency=-1, .*\\); expected a finite latency from 0 up, .*"),
+        (f"{GPT_WORDS} cluster.link.latency=-1", "cluster.link.latency is -1; expected seconds from 0 up"),
         (f"{GPT_WORDS} transport.kind=pigeon", "transport is 'pigeon'; expected one of rpc, threads"),
         (f"{GPT_WORDS} output.folder=text.txt", "the run folder text.txt/.* cannot be made: Not a directory"),
         (f"{MLP_WORDS} data=arrays data.path=nowhere.npz", "data.path='nowhere.npz' cannot be read as .*: .+"),
@@ -171,7 +182,7 @@ def test_a_run_folder_that_exists_is_refused(folder):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "trian is not a command; expected one of train, simulate, compare, profile, view"),
+        ("trian", "trian is not a command; expected one of train, simulate, compare, profile, verify, view"),
         ("simulate --fast", "--fast is not an option of simulate; expected overrides such as model=mlp"),
         (
             "simulate schedule=1f1",
@@ -199,10 +210,10 @@ def test_help_lists_the_commands():
     for words, code in ((["--help"], 0), (["-h"], 0), ([], 2)):
         outcome = call(*words)
         assert outcome.code == code
-        assert all(f"  {name} " in outcome.out for name in ("train", "simulate", "compare", "view"))
+        assert all(f"  {name} " in outcome.out for name in ("train", "simulate", "compare", "verify", "view"))
 
 
-@pytest.mark.parametrize("command", ["train", "simulate", "compare"])
+@pytest.mark.parametrize("command", ["train", "simulate", "compare", "verify"])
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_the_help_of_a_command_lists_groups_choices_options_and_examples(command, flag):
     outcome = call(command, "model=mlp", flag)

@@ -17,12 +17,14 @@ NEEDS = {
     ("data", "text"): ["data.path=text.txt"],
     ("data", "arrays"): ["data.path=samples.npz"],
     ("model", "file"): ["model.factory=model.py:build"],
+    ("model", "hf"): ["model.config=GPT2Config"],
     ("partition", "manual"): ["partition.balance=[1,3]"],
 }
 """What has no default."""
 SMALL = {
     ("model", "gpt"): ["model.width=16", "model.depth=2", "model.heads=2", "data=text", "data.path=text.txt"],
     ("model", "convnet"): ["model.width=4", "model.depth=2"],
+    ("model", "hf"): ["+model.n_layer=2", "+model.n_embd=16", "+model.n_head=2", "+model.vocab_size=50"],
 }
 """What makes the tests quick."""
 MODEL_PY = """
@@ -47,13 +49,14 @@ def folder(tmp_path, monkeypatch):
 
 
 def test_there_are_files():
-    assert {"train", "simulate", "compare", "profile"} == set(COMMANDS)
+    assert {"train", "simulate", "compare", "profile", "verify"} == set(COMMANDS)
     assert {group for group, _ in FILES} == set(configs.GROUPS)
     assert {
         ("model", "gpt"),
         ("model", "mlp"),
         ("model", "convnet"),
         ("model", "file"),
+        ("model", "hf"),
         ("data", "stdlib"),
         ("data", "text"),
         ("data", "arrays"),
@@ -70,6 +73,8 @@ def test_there_are_files():
         ("schedule", "fill_drain"),
         ("optimizer", "sgd"),
         ("optimizer", "adamw"),
+        ("cluster", "default"),
+        ("cluster", "two_hosts"),
         ("transport", "rpc"),
         ("transport", "threads"),
     } <= set(FILES)
@@ -87,7 +92,7 @@ def test_every_choice_makes_what_can_be_planned_and_trained(folder, monkeypatch,
     config = configs.load("train", [*wanted, "training.batch_size=8", "pipeline.num_microbatches=2"])
     task = task_of(config)
     plan = task.plan()
-    assert plan.num_ranks == plan.num_stages == 2
+    assert plan.num_ranks == plan.num_stages == config.pipeline.num_ranks
     assert plan.prediction.step_seconds > 0
     assert isinstance(task.workers(2), Workers)
     assert task.data.description
@@ -100,12 +105,41 @@ def test_every_choice_makes_what_can_be_planned_and_trained(folder, monkeypatch,
             task.pipeline(plan)
 
 
+@pytest.mark.parametrize(
+    ("words", "layers", "cuts"),
+    [
+        ("", "stem b0 b1 head", (1, 2, 3)),
+        ("pipeline.split_before=[b0.linear]", "stem b0.norm b0.linear b0.dropout b1 head", (1, 2, 3, 4, 5)),
+        (
+            "pipeline.split_before=[b0.linear] pipeline.keep_together=[b0]",
+            "stem b0.norm b0.linear b0.dropout b1 head",
+            (1, 4, 5),
+        ),
+        ("pipeline.split_before=[b?.linear] pipeline.keep_together=['b*']", None, (1, 4, 7)),
+        ("pipeline.leaf=[b0]", "stem b0 b1 head", (1, 2, 3)),
+    ],
+)
+def test_how_finely_a_model_may_be_cut_is_an_option(words, layers, cuts):
+    quick = [*MLP, *THREADS, "training.batch_size=8", "pipeline.num_microbatches=2"]
+    graph = task_of(configs.load("train", [*quick, *words.split()])).plan().graph
+    assert layers is None or [layer.name for layer in graph.layers] == layers.split()
+    assert graph.cuts == cuts
+
+
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_takes_what_train_takes(command):
     train, config = configs.load("train", []), configs.load(command, [])
     own = {key: value for key, value in config.items() if key not in train}
+    if command == "verify":  # which has no use for times
+        assert config.pipeline.profile == "flops"
+        config.pipeline.profile = train.pipeline.profile
     assert OmegaConf.masked_copy(config, list(train)) == train
-    more = {"compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None}, "profile": {"file": "profile.json"}}
+    more = {
+        "compare": {"comparison": {"rounds": 3, "steps": 4}, "measure": None},
+        "profile": {"file": "profile.json"},
+        "simulate": {"profile": None},
+    }
+    more["verify"] = {"steps": 3}
     assert own == more.get(command, {})
     assert train.model == configs.load("train", ["model=gpt"]).model
     assert train.data == configs.load("train", ["data=stdlib"]).data
@@ -133,7 +167,7 @@ def test_a_choice_is_named_by_its_file():
     assert configs.choice(config, "optimizer") == "RMSprop"
 
 
-SECTIONS = "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output"
+SECTIONS = "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output, cluster"
 TRAINING = ", ".join(
     f"training.{name}"
     for name in ("steps", "batch_size", "max_norm", "seed", "eval_every", "eval_samples", "trace_every")
@@ -153,9 +187,9 @@ TRAINING = ", ".join(
             "model.heads is unknown; did you mean model.width? expected one of model.input_shape, model.num_classes, "
             "model.width, model.depth, model.dropout",
         ),
-        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, mlp"),
+        ("model=mpl", "model=mpl is unknown; did you mean mlp? expected one of convnet, file, gpt, hf, mlp"),
         ("schedule=zigzag", "schedule=zigzag is unknown; expected one of 1f1b, fill_drain, gpipe"),
-        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, mlp"),
+        ("model=[mlp,gpt]", "model=[mlp,gpt] gives several choices; expected one of convnet, file, gpt, hf, mlp"),
         (
             "model=mlp,gpt",
             "model=mlp,gpt gives several values; expected one, or `modelpar compare` or `train -m` to try each",
@@ -192,6 +226,33 @@ TRAINING = ", ".join(
             "training=3",
             f"training is 3; expected training.… with one of {TRAINING.replace('training.', '')}",
         ),
+        ("cluster.memory=true", "cluster.memory is True; expected bytes, or such as 8GB"),
+        (
+            "cluster.memory=8XB",
+            "cluster.memory is '8XB'; expected bytes above 0, as a number or such as 8GB or 512MiB",
+        ),
+        ("cluster.devices=4", "cluster.devices is 4; expected a list"),
+        ("cluster.devices=[4,4]", "cluster.devices[0] is 4; expected {speed: …, memory: …}"),
+        ("cluster.devices=[{ram:4},{}]", "cluster.devices[0].ram is unknown; expected one of speed, memory"),
+        ("cluster.devices=[{},{speed:0}]", "cluster.devices[1].speed is 0.0; expected a number above 0"),
+        ("cluster.devices=[{},{speed:fast}]", "cluster.devices[1].speed is 'fast'; expected a number"),
+        (
+            "cluster.devices=[{},{},{}]",
+            "pipeline.num_ranks is 2, but cluster.devices has 3; expected as many ranks as devices, such as "
+            "pipeline.num_ranks=3",
+        ),
+        (
+            "cluster=two_hosts pipeline.num_ranks=2",
+            "pipeline.num_ranks is 2, but cluster.devices has 4; expected as many ranks as devices, such as "
+            "pipeline.num_ranks=4",
+        ),
+        ("cluster.link.latency=-1", "cluster.link.latency is -1; expected seconds from 0 up"),
+        (
+            "cluster.link.bandwidth=0",
+            "cluster.link.bandwidth is 0; expected bytes above 0, as a number or such as 8GB or 512MiB",
+        ),
+        ("cluster.links=[{ranks:[0]}]", "cluster.links[0].ranks is [0]; expected two ranks, such as [0, 1]"),
+        ("cluster.links=[{ranks:[0,2]}]", "a link joins ranks 0 and 2; expected two of 0 … 1"),
         ("~optimizer", "optimizer was taken away; expected a value"),
         ("~optimizer.lr", "optimizer.lr was taken away; expected a value"),
     ],
@@ -220,6 +281,9 @@ def test_stranger_things_take_one_line_too(word):
         ("pipeline.devices=[cpu,cpu]", "pipeline.devices", ["cpu", "cpu"]),
         ("transport.step_timeout=30", "transport.step_timeout", 30),
         ("training.steps=${pipeline.num_ranks}", "training.steps", 2),
+        ("cluster.memory=8GB", "cluster.memory", "8GB"),
+        ("cluster.memory=8000", "cluster.memory", 8000),
+        ("cluster=two_hosts", "pipeline.num_ranks", 4),
         ("output.name=7", "output.name", 7),
         ("hydra.verbose=true", "training.seed", 0),
     ],

@@ -18,9 +18,9 @@ from modelpar.capture.recipe import recipe_of
 from modelpar.errors import CaptureError, ConfigError
 from modelpar.models import convnet, gpt, mlp
 from modelpar.planner import plan
+from modelpar.proof import verify
 from modelpar.run.pipeline import Pipeline
 from modelpar.run.workers import Workers
-from modelpar.verify import verify
 
 SMALL = {
     "gpt": lambda: gpt.build(vocab_size=16, context=6, width=8, depth=3, heads=2),

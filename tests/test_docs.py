@@ -76,6 +76,7 @@ def test_the_commands_of_the_readme_are_real():
         "simulate",
         "compare",
         "profile",
+        "verify",
         "view",
     }
     for words in shown:
@@ -108,7 +109,7 @@ def check_command(words: list[str]) -> None:
         for overrides in zip_longest(*lists):  # every choice once; together they are many
             configs.load(command, [override for override in overrides if override])
     else:
-        assert command in ("train", "simulate", "profile"), words
+        assert command in ("train", "simulate", "profile", "verify"), words
         configs.load(command, rest)
 
 

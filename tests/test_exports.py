@@ -15,11 +15,13 @@ NAMES = {
     "Pipeline",
     "Plan",
     "StepResult",
+    "Verdict",
     "Workers",
     "load_into",
     "partitioners",
     "plan",
     "schedules",
+    "verify",
 }
 
 

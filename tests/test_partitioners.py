@@ -1,16 +1,12 @@
-"""Every partitioner against brute force over all legal splits, and `optimal` against PipeDream's published profiles."""
+"""Every partitioner against brute force over all legal splits. Memory is in test_fitting.py."""
 
 from __future__ import annotations
 
-import csv
-import heapq
 import itertools
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from fractions import Fraction
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -35,7 +31,6 @@ from modelpar.planning.partitioners import (
 )
 from modelpar.planning.profile import LayerCost, Profile
 
-REFERENCE = Path(__file__).parents[2] / "shared" / "reference"
 ALL = (uniform, by_parameters, by_memory, by_flops, by_time, optimal)
 
 
@@ -345,82 +340,3 @@ def test_a_long_chain_beats_every_other_way_to_cut_it(overlap):
         pair = np.maximum(problem.costs(s - 1, bounds[s - 1], window), problem.costs(s, window, bounds[s + 1]))
         here = max(problem.costs(s - 1, bounds[s - 1], bounds[s]), problem.costs(s, bounds[s], bounds[s + 1]))
         assert here <= max(best, int(pair.min()))
-
-
-# PipeDream's published profiles
-
-
-def read_pipedream(path: Path) -> tuple[ModelGraph, Profile]:
-    """Reads `node -- description -- numbers` and `\\tnode -- node` lines; drops Input sources and __getitem__ sinks."""
-    numbers: dict[int, dict[str, float]] = {}
-    described: dict[int, str] = {}
-    edges: list[tuple[int, int]] = []
-    for line in path.read_text().splitlines():
-        if line.startswith("\t"):
-            source, target = re.findall(r"node(\d+)", line)
-            edges.append((int(source), int(target)))
-        elif line.strip():
-            node, described_as, fields = line.split(" -- ")
-            described[int(node[4:])] = described_as
-            # A layer with several outputs lists their sizes: [12582912.0; 131072.0].
-            numbers[int(node[4:])] = {
-                key: sum(map(float, re.findall(r"[\d.]+", sizes)))
-                for key, sizes in re.findall(r"(\w+)=(\[[^]]*\]|[\d.]+)", fields)
-            }
-    sources = {node for node in numbers if not any(target == node for _, target in edges)}
-    sinks = {node for node in numbers if not any(source == node for source, _ in edges)}
-    dropped = {node for node in sources if described[node].startswith("Input")}
-    dropped |= {node for node in sinks if described[node].startswith("__getitem__")}
-    edges = [(a, b) for a, b in edges if a not in dropped and b not in dropped]
-
-    order: list[int] = []
-    waits = {node: sum(b == node for _, b in edges) for node in numbers if node not in dropped}
-    free = [node for node, count in waits.items() if not count]
-    heapq.heapify(free)
-    while free:
-        order.append(heapq.heappop(free))
-        for a, b in edges:
-            if a == order[-1]:
-                waits[b] -= 1
-                if not waits[b]:
-                    heapq.heappush(free, b)
-    assert len(order) == len(waits)
-
-    place = {node: i for i, node in enumerate(order)}
-    values = []
-    for node in order:
-        consumers = tuple(sorted(place[b] for a, b in edges if a == node)) or (BATCH,)
-        values.append(Value(f"v{node}", place[node], consumers, numbers[node]["activation_size"]))
-    costs = [
-        LayerCost(
-            f"node{node}",
-            numbers[node]["forward_compute_time"] / 1e3,
-            numbers[node]["backward_compute_time"] / 1e3,
-            0.0,
-        )
-        for node in order
-    ]
-    layers = tuple(Layer(f"node{node}", described[node]) for node in order)
-    return ModelGraph(layers, tuple(values), tuple(range(1, len(order)))), Profile(tuple(costs), 1, "measured")
-
-
-def pipedream_rows() -> list[dict[str, str]]:
-    table = REFERENCE / "pipedream_expected.csv"
-    return list(csv.DictReader(table.read_text().splitlines()))
-
-
-@pytest.mark.skipif(not REFERENCE.is_dir(), reason="needs ../shared/reference, which is absent here")
-def test_optimal_reproduces_pipedream():
-    rows, wrong = pipedream_rows(), []
-    models = {
-        name: read_pipedream(REFERENCE / "pipedream_profiles" / f"{name}.txt") for name in {r["model"] for r in rows}
-    }
-    assert rows
-    for row in rows:
-        graph, profile = models[row["model"]]
-        num_stages, bandwidth = int(row["num_stages"]), float(row["bandwidth_bytes_per_s"] or "inf")
-        assert sum(layer.seconds for layer in profile.layers) == pytest.approx(float(row["total_s"]), abs=6e-6)
-        found = optimal(graph, profile, cpus(num_stages, link=Link(0.0, bandwidth)), num_stages, overlap=True)
-        if found.bottleneck != pytest.approx(float(row["best_contiguous_s"]), abs=6e-6):
-            wrong.append((row, found.bottleneck))
-    assert not wrong

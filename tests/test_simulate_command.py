@@ -30,7 +30,7 @@ def drawn(out):
     ("schedule", "in_flight"), [("gpipe", [4, 4, 4]), ("1f1b", [3, 2, 1]), ("fill_drain", [1, 1, 1])]
 )
 def test_it_draws_the_timeline_and_prints_its_numbers(folder, schedule, in_flight):
-    instant = ["transport.latency=0", "transport.bandwidth=inf"]
+    instant = ["cluster.link.latency=0", "cluster.link.bandwidth=inf"]
     words = [*QUICK, *instant, "pipeline.num_ranks=3", f"schedule={schedule}"]
     outcome = call("simulate", *words)
     assert (outcome.code, outcome.err) == (0, "")

@@ -18,7 +18,7 @@ class Residual(nn.Module):
 
 
 def build():
-    """Returns (model, example_batch, loss): the children of the nn.Sequential are the layers that can be split."""
+    """Returns (model, example_batch, loss). Of an nn.Sequential the children are the layers that can be split."""
     model = nn.Sequential(nn.Linear(32, 128), *[Residual(128) for _ in range(6)], nn.Linear(128, 5))
     example_batch = torch.randn(64, 32), torch.randint(5, (64,))
     return model, example_batch, nn.functional.cross_entropy

@@ -18,6 +18,7 @@ from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of, own_loss, run
 from modelpar.capture.recording import Node, Recording, Ref, State, Template, signature
+from modelpar.capture.replay import Replay
 from modelpar.capture.survey import Grain, choose_leaves, outermost
 from modelpar.capture.tape import Tape, Trap, generator_states, set_generator_states
 from modelpar.errors import CaptureError, describe
@@ -225,7 +226,7 @@ def _check_replay(recording: Recording, model: nn.Module, output: Any, microbatc
     inputs, targets = (trees.map_tensors(lambda t: t.detach().clone(), part) for part in microbatch)
     values = leaf_names(inputs, targets)
     try:
-        found = routine.run(model, {name: values[name] for name in routine.takes})["output"]
+        found = Replay(routine, model)({name: values[name] for name in routine.takes})["output"]
     except Exception as error:
         raise CaptureError(f"the recording cannot be replayed: {describe(error)}") from error
     ours, theirs = trees.tensors_of(found), trees.tensors_of(output)

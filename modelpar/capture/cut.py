@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from modelpar.capture import trees
 from modelpar.capture.graph import Layers, first_names
-from modelpar.capture.recording import PLACEHOLDER, Held, Node, Recording, Ref, Settings, State, Template
-from modelpar.errors import RunError
+from modelpar.capture.recording import PLACEHOLDER, Node, Recording, Ref, Template
 from modelpar.planning.graph import ModelGraph, StageGraph
-
-Drawing = Callable[[str], AbstractContextManager[None]]
-"""Sets the random generators for code of the model's own forward that draws."""
 
 
 @dataclass(frozen=True)
@@ -52,66 +44,6 @@ class Routine:
     targets: Template | None
     """Only on the last stage: what else it is given."""
     held: tuple[Any, ...] = ()
-
-    def to(self, device: torch.device) -> Routine:
-        """Returns the routine with its constants on a device, which it also uses wherever the code named one."""
-        if device.type == "cpu":
-            return self
-
-        def placed(leaf: Any) -> Any:
-            if isinstance(leaf, torch.device):
-                return device
-            return leaf.to(device) if isinstance(leaf, Tensor) else leaf
-
-        steps = []
-        for step in self.steps:
-            args = Template(tuple(map(placed, step.node.args.leaves)), step.node.args.spec)
-            steps.append(replace(step, node=replace(step.node, args=args)))
-        return replace(self, steps=tuple(steps))
-
-    def run(self, module: nn.Module, values: Mapping[str, Any], drawing: Drawing | None = None) -> dict[str, Any]:
-        """Replays the steps; returns the values given, and on the last stage "output" and "targets"."""
-        held: dict[Held, Any] = {}
-        env: dict[Any, Any] = {
-            ref: trees.map_tensors(Tensor.clone, values[name]) if name in self.cloned else values[name]
-            for name, ref in self.takes.items()
-        }
-
-        def get(leaf: Any) -> Any:
-            if type(leaf) is State:
-                return _state(module, leaf.name)
-            if type(leaf) is Held:
-                if leaf not in held:
-                    held[leaf] = copy.deepcopy(self.held[leaf.number])
-                return held[leaf]
-            return env[leaf]
-
-        for step in self.steps:
-            node = step.node
-            args, kwargs = node.args.fill(get)
-            written = [get(leaf) for leaf in node.writes]
-            target = module.get_submodule(node.target) if isinstance(node.target, str) else node.target
-            if node.settings is None and (drawing is None or "" not in node.draws):
-                output = target(*args, **kwargs)
-            else:
-                with _as_set(node.settings), drawing("") if drawing and "" in node.draws else nullcontext():
-                    output = target(*args, **kwargs)
-            leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
-            if step.exact:
-                _check(node, leaves)
-            for index in step.kept:
-                if index is None:
-                    env[Ref(step.number, None)] = output
-                else:
-                    env[Ref(step.number, index)] = leaves[index] if index >= 0 else written[-1 - index]
-            del args, kwargs, written, output, leaves
-            for ref in step.dropped:
-                del env[ref]
-        found = {name: env[ref] for name, ref in self.gives.items()}
-        if self.output is not None:
-            found["output"] = self.output.fill(lambda leaf: None if type(leaf) is Held else get(leaf))
-            found["targets"] = self.targets.fill(get) if self.targets else None
-        return found
 
 
 @dataclass
@@ -151,8 +83,7 @@ class StageProgram:
         found = ""
         while traceback:
             local = traceback.tb_frame.f_locals
-            if traceback.tb_frame.f_code is Routine.run.__code__ and "node" in local:
-                node = local["node"]
+            if (node := getattr(local.get("call"), "node", None)) is not None:
                 found = node.name if node.is_module else f"{node.name} in {node.inside or 'the model'} ({node.line})"
             found = names.get(id(local.get("self")), "") or found
             traceback = traceback.tb_next
@@ -266,36 +197,3 @@ def _steps(recording: Recording, numbers: list[int], wanted: set[Ref]) -> tuple[
         looked_at = any(leaf is not None and leaf != PLACEHOLDER for leaf in node.plain)
         steps.append(Step(number, node, kept, dropped, node.is_module and looked_at and number not in whole))
     return tuple(steps)
-
-
-def _check(node: Node, leaves: list[Any]) -> None:
-    """Raises RunError where a module returned other plain values than when it was recorded."""
-    found = tuple(PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-    for now, then in zip(found, node.plain, strict=False):
-        if isinstance(then, (bool, int, float, str, type(None))) and now != then:
-            raise RunError(
-                f"{node.name} returned {now!r} where it returned {then!r} when the model was captured, and the code "
-                f"around it may depend on that ({node.line}); expected the same, or tensors"
-            )
-    if len(found) != len(node.plain):
-        raise RunError(f"{node.name} returned {len(found)} values; expected {len(node.plain)}, as when it was captured")
-
-
-def _state(module: nn.Module, name: str) -> Tensor:
-    place, _, last = name.rpartition(".")
-    found: Tensor = getattr(module.get_submodule(place), last)
-    return found
-
-
-@contextmanager
-def _as_set(settings: Settings | None) -> Iterator[None]:
-    """Sets grad mode and autocast as they were around a call."""
-    if settings is None:
-        yield
-        return
-    with ExitStack() as stack:
-        if not settings.grad:
-            stack.enter_context(torch.no_grad())
-        for kind, enabled, dtype in settings.autocast:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-        yield

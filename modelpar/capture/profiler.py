@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import inspect
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +24,7 @@ from modelpar.capture.deferred import made
 from modelpar.capture.graph import Layers
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
 from modelpar.capture.recording import Node
+from modelpar.capture.replay import Replay
 from modelpar.planning.profile import LayerCost, Profile
 
 _NOMINAL_FLOPS = 2e10
@@ -56,7 +61,7 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
             last = i == len(graph.layers) - 1
 
             def forward(received: dict[str, Any], routine: Routine = routine, last: bool = last) -> list[Any]:
-                found = routine.run(model, received)
+                found = Replay(routine, model)(received)
                 given = [found[name] for name in routine.gives]
                 if last:
                     given.append(loss_of(objective.loss, found["output"], found["targets"], num_samples).total)
@@ -179,6 +184,9 @@ def _description(module: nn.Module) -> Any:
 def _source(kind: type) -> str:
     if kind.__module__.startswith("torch."):
         return kind.__qualname__
+    file = getattr(sys.modules.get(kind.__module__), "__file__", None)
+    if file and os.path.isfile(file):  # all of it: to find one class in it takes far longer
+        return f"{kind.__qualname__} {hashlib.sha256(Path(file).read_bytes()).hexdigest()[:16]}"
     try:
         return inspect.getsource(kind)
     except (OSError, TypeError):  # such as a class of a notebook cell that is gone

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
+
+from modelpar.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -62,20 +65,43 @@ class Link:
         return cls(**{name: float("inf") if value is None else value for name, value in data.items()})
 
 
+UNKNOWN = Link()
+"""The link of a cluster that says nothing about it. It costs nothing; `modelpar.plan` puts a measured one in its place,
+and tells it by identity from another `Link()`."""
+
+
 @dataclass(frozen=True)
 class Cluster:
-    """One device per rank, and one link that stands for all connections between different ranks."""
+    """One device per rank, and what connects them: `link` between any two ranks for which `links` names no other.
+
+    Raises ConfigError where the parts are not of the same number of ranks, or a device has no memory.
+    """
 
     devices: tuple[str, ...]
     """The torch device of each rank, such as "cpu" or "cuda:1"."""
     speeds: tuple[float, ...] = ()
     """Relative speed of each rank's device; empty means all 1. A stage takes its profiled seconds / speed."""
-    link: Link = Link()
+    link: Link = UNKNOWN
     transport: str = "rpc"
     shared_memory: bool = True
     cuda_ipc: bool = False
     """How values travel between the ranks, all three as for `Workers`. Other workers run the plan too, with the same
     numbers; values then travel as those do it."""
+    memory: tuple[int | None, ...] = ()
+    """Bytes on each rank's device for what `memory.stage_memory_bytes` counts; None, or no entry at all: no limit."""
+    links: tuple[tuple[int, int, Link], ...] = ()
+    """Two ranks and the link between them, which serves both directions. Its actions, data and ends are not read."""
+
+    def __post_init__(self) -> None:
+        for what, values in (("speeds", self.speeds), ("sizes of memory", self.memory)):
+            if values and len(values) != self.num_ranks:
+                raise ConfigError(f"the cluster has {self.num_ranks} devices and {len(values)} {what}; expected equal")
+        for rank, size in enumerate(self.memory):
+            if size is not None and not size > 0:
+                raise ConfigError(f"rank {rank} has {size} bytes of memory; expected more than 0, or None for no limit")
+        for first, second, _ in self.links:
+            if first == second or not {first, second} <= set(range(self.num_ranks)):
+                raise ConfigError(f"a link joins ranks {first} and {second}; expected two of 0 … {self.num_ranks - 1}")
 
     @property
     def num_ranks(self) -> int:
@@ -86,12 +112,31 @@ class Cluster:
         """Returns the relative speed of a rank's device."""
         return self.speeds[rank] if self.speeds else 1.0
 
+    def memory_of(self, rank: int) -> int | None:
+        """Returns the bytes on a rank's device, None where there is no limit."""
+        return self.memory[rank] if self.memory else None
+
+    @property
+    def limited(self) -> bool:
+        """Whether any device's memory has a limit."""
+        return any(size is not None for size in self.memory)
+
+    def link_between(self, first: int, second: int) -> Link:
+        """Returns what connects two different ranks."""
+        return self._pairs.get((min(first, second), max(first, second)), self.link)
+
+    @cached_property
+    def _pairs(self) -> dict[tuple[int, int], Link]:
+        return {(min(first, second), max(first, second)): link for first, second, link in self.links}
+
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json."""
-        return {**asdict(self), "link": self.link.to_json()}
+        links = [{"ranks": [first, second], "link": link.to_json()} for first, second, link in self.links]
+        return {**asdict(self), "link": self.link.to_json(), "links": links}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Cluster:
-        """Reads what `to_json` wrote."""
-        lists = {name: tuple(data[name]) for name in ("devices", "speeds")}
-        return cls(**{**data, **lists, "link": Link.from_json(data["link"])})
+        """Reads what `to_json` wrote, or an earlier version did."""
+        lists = {name: tuple(data.get(name, ())) for name in ("devices", "speeds", "memory")}
+        links = tuple((*pair["ranks"], Link.from_json(pair["link"])) for pair in data.get("links", ()))
+        return cls(**{**data, **lists, "link": Link.from_json(data["link"]), "links": links})

@@ -2,18 +2,93 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from modelpar.planning.graph import BATCH, Parameter
+from modelpar.planning.graph import BATCH, ModelGraph, Parameter
+from modelpar.planning.intervals import Ints, Maxima, Overlaps
 from modelpar.planning.plan import Plan
-from modelpar.planning.profile import LayerCost
+from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.schedule import Op, Schedule
 
 OPTIMIZER_MOMENTS = 2
 """Tensors that an optimizer that was not measured is taken to keep per trainable parameter, as Adam and AdamW do."""
+
+
+@dataclass(frozen=True, eq=False)
+class MemoryModel:
+    """What any run of layers would hold as a stage: weights, gradients and optimizer once, activations per micro-batch.
+
+    Sums over layers are differences of prefix sums. What does not add up, because a stage has it only once (a tied
+    tensor that several of its layers use, a value that several of them take), is subtracted per pair of such layers.
+    """
+
+    weights: Ints
+    """Before each position: weights, and in training their gradients and the optimizer's state."""
+    shared_weights: Overlaps
+    activations: Ints
+    """Before each position: what is kept for one micro-batch, and what is taken from layers before the previous one."""
+    entering: Ints
+    """At each position: what the layer there takes from the one before it, for one micro-batch."""
+    shared_activations: Overlaps
+    temporary: Maxima
+    slack_bytes: int
+
+    @classmethod
+    def of(cls, graph: ModelGraph, profile: Profile, kind: str = "train") -> MemoryModel:
+        """Builds the model for the layers of a graph, under a schedule of that kind ("train" or "forward")."""
+        train, n = kind == "train", len(graph.layers)
+        costs = profile.layers
+        canonical = {name: tie.names[0] for tie in graph.tied for name in tie.names}
+        weights, pairs, seen = np.zeros(n, dtype=np.int64), [], dict[str, tuple[int, int]]()
+        for i, (layer, cost) in enumerate(zip(graph.layers, costs, strict=True)):
+            measured = train and cost.optimizer_bytes is not None
+            weights[i] += cost.optimizer_bytes if measured and cost.optimizer_bytes else 0
+            for name, tensor in {canonical.get(p.name, p.name): p for p in layer.parameters}.items():
+                held = size = tensor_bytes(tensor)
+                if train and tensor.trainable and not tensor.buffer:
+                    held += size if measured else (1 + OPTIMIZER_MOMENTS) * size
+                weights[i] += held
+                if name in seen:
+                    before, there = seen[name]
+                    pairs.append((before, i, min(held, there)))
+                seen[name] = i, held
+        kept, entering, gaps = np.zeros(n, dtype=np.int64), np.zeros(n + 1, dtype=np.int64), []
+        if train:
+            kept += [cost.kept_bytes for cost in costs]
+            for value in graph.values:
+                ends = [value.producer, *(c for c in value.consumers if c != BATCH)]
+                size = round(value.bytes_per_sample * profile.microbatch_size)
+                for before, after in itertools.pairwise(ends if value.producer != BATCH else []):
+                    if after == before + 1:
+                        entering[after] += size
+                    else:
+                        kept[after] += size
+                        gaps.append((before, after, size))
+        temporary = [cost.temporary_bytes if train else cost.output_bytes for cost in costs]
+        return cls(
+            weights=_before(weights),
+            shared_weights=Overlaps.of(pairs),
+            activations=_before(kept),
+            entering=entering,
+            shared_activations=Overlaps.of(gaps),
+            temporary=Maxima.of(np.array(temporary, dtype=np.int64)),
+            slack_bytes=profile.slack_bytes if train else 0,
+        )
+
+    def bytes(self, start: Ints | int, end: Ints | int, in_flight: int) -> Ints:
+        """Returns what layers[start:end] hold at their peak as one stage, slack left out; takes arrays."""
+        fixed = self.weights[end] - self.weights[start] - self.shared_weights.within(start, end)
+        flying = self.activations[end] - self.activations[start] + self.entering[start]
+        flying = flying - self.shared_activations.within(start, end)
+        found: Ints = fixed + in_flight * flying + self.temporary.over(start, end)
+        return found
 
 
 def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
@@ -35,41 +110,18 @@ def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
     a model: it is mostly freed memory, in pieces that the next tensors do not fit into. Messages that wait in a mailbox
     are not counted, nor is the framework itself.
     """
-    in_flight = peak_microbatches_per_stage(plan.schedule)
-    canonical = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
-    train = plan.schedule.kind == "train"
-    received = _received_bytes(plan)
-    total = []
-    for stage in range(plan.num_stages):
-        layers = plan.partition.layers(stage)
-        tensors = {canonical.get(p.name, p.name): p for i in layers for p in plan.graph.layers[i].parameters}
-        learned = sum(tensor_bytes(t) for t in tensors.values() if t.trainable and not t.buffer)
-        held = sum(map(tensor_bytes, tensors.values()))
-        costs = [plan.profile.layers[i] for i in layers]
-        if train:
-            measured = [cost.optimizer_bytes for cost in costs if cost.optimizer_bytes is not None]
-            held += learned + (sum(measured) if measured else OPTIMIZER_MOMENTS * learned)
-            held += activation_bytes(costs, in_flight[stage], received[stage]) + plan.profile.slack_bytes
-        else:
-            held += max(cost.output_bytes for cost in costs)
-        total.append(held)
-    return tuple(total)
+    model = MemoryModel.of(plan.graph, plan.profile, plan.schedule.kind)
+    in_flight, bounds = peak_microbatches_per_stage(plan.schedule), plan.partition.bounds
+    return tuple(
+        int(model.bytes(start, end, count)) + model.slack_bytes
+        for start, end, count in zip(bounds, bounds[1:], in_flight, strict=False)
+    )
 
 
 def activation_bytes(costs: Sequence[LayerCost], in_flight: int, received: int = 0) -> int:
     """Returns the bytes of activations that layers hold together at their peak, of so many micro-batches at once."""
     kept = received + sum(cost.kept_bytes for cost in costs)
     return in_flight * kept + max(cost.temporary_bytes for cost in costs)
-
-
-def _received_bytes(plan: Plan) -> list[int]:
-    """Returns per stage the bytes of what other stages hand to it for one micro-batch."""
-    received = [0.0] * plan.num_stages
-    for value in plan.stage_graph.values:
-        for stage in value.consumers:
-            if value.producer != BATCH and stage != BATCH:
-                received[stage] += value.bytes_per_sample * plan.profile.microbatch_size
-    return [int(size) for size in received]
 
 
 def peak_microbatches_per_stage(schedule: Schedule) -> tuple[int, ...]:
@@ -87,6 +139,15 @@ def peak_microbatches_per_stage(schedule: Schedule) -> tuple[int, ...]:
 
 def tensor_bytes(tensor: Parameter) -> int:
     """Returns the bytes of one parameter or buffer; the width of its elements is read from its dtype's name."""
-    bits = re.search(r"\d+", tensor.dtype)  # float32, torch.bfloat16, float8_e4m3fn; bool has none and takes a byte
-    width = max(1, int(bits[0]) // 8) if bits else 1
-    return width * int(np.prod(tensor.shape, dtype=np.int64))
+    return _width(tensor.dtype) * math.prod(tensor.shape)
+
+
+@cache
+def _width(dtype: str) -> int:
+    bits = re.search(r"\d+", dtype)  # float32, torch.bfloat16, float8_e4m3fn; bool has none and takes a byte
+    return max(1, int(bits[0]) // 8) if bits else 1
+
+
+def _before(values: Ints) -> Ints:
+    """Returns the sum before each position, and the sum of all."""
+    return np.concatenate([[0], np.cumsum(values)])

@@ -22,7 +22,8 @@ class Partition:
     bottleneck: float | None = None
     """The largest stage in the quantity that the method balances (seconds, bytes, FLOPs or layers)."""
     lower_bound: float | None = None
-    """No partition into as many stages can have a smaller bottleneck than this, whatever the cuts."""
+    """No partition into as many stages can have a smaller bottleneck than this, whatever the cuts: the largest run of
+    layers between legal cuts, or an even share of all, each on the devices' speeds."""
 
     def __post_init__(self) -> None:
         if len(self.bounds) < 2 or self.bounds[0] != 0:
@@ -79,3 +80,8 @@ class Partition:
         """Reads what `to_json` wrote."""
         bounds = cls.of_balance(data["balance"], sum(data["balance"])).bounds
         return cls(bounds, data["method"], data["bottleneck"], data["lower_bound"])
+
+
+def together(names: Sequence[str]) -> str:
+    """Returns what a message calls layers that no legal cut separates."""
+    return names[0] if len(names) == 1 else f"{names[0]} … {names[-1]}, which stay together,"

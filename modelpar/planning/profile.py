@@ -67,7 +67,7 @@ class Profile:
     device: str = "cpu"
     num_threads: int = 1
     num_ranks: int = 1
-    """How many ranks were busy at once while it was measured."""
+    """How many ranks were busy at once while it was measured; 0 where that is not known."""
     clips: bool = False
     """Whether gradients were clipped while it was measured."""
     measured_at: str = ""

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from modelpar.errors import DeadlockError, PlanError
 from modelpar.planning.analysis import analyse
-from modelpar.planning.cluster import Cluster
+from modelpar.planning.cluster import Cluster, Link
 from modelpar.planning.graph import BATCH, StageGraph
 from modelpar.planning.partition import Partition
 from modelpar.planning.plan import Plan, Prediction
@@ -79,9 +79,9 @@ def simulate(
 
     Every rank runs its list in order, one action at a time. An action starts once its rank is free, all that it needs
     has arrived, and the rank has taken it; then the rank sends what the action gives. What that costs each side, and
-    how long it is on its way, is said by `cluster.link`; on the same rank it is there at once. The wire is not part of
-    what a rank does, and messages do not share bandwidth. The end of the step (the count, the norms, the optimizer) is
-    part of it where `costs` say what it takes.
+    how long it is on its way, is said by `cluster.link_between`; on the same rank it is there at once. The wire is not
+    part of what a rank does, and messages do not share bandwidth. The end of the step (the count, the norms, the
+    optimizer) is part of it where `costs` say what it takes.
 
     `costs` holds one entry per stage, in seconds at speed 1; `microbatch_size` is in samples.
 
@@ -241,19 +241,22 @@ class _Flows:
         return self._flow("reduce", 0.0, [], keys), stage, -1
 
     def _flow(self, kind: str, seconds: float, needed: list[ValueKey], given: list[ValueKey]) -> _Flow:
-        link = self._cluster.link
         inputs, outputs = [], []
         for key in needed:
             if key.source != BATCH:
-                inputs.append((key, link.take(self._size(key)) if self._travels(key) else 0.0))
+                link = self._link(key)
+                inputs.append((key, link.take(self._size(key)) if link else 0.0))
         for key in given:
             if key.target != BATCH:
-                cost = (link.send(self._size(key)), link.seconds(self._size(key))) if self._travels(key) else (0.0, 0.0)
+                link = self._link(key)
+                cost = (link.send(self._size(key)), link.seconds(self._size(key))) if link else (0.0, 0.0)
                 outputs.append((key, *cost))
         return _Flow(kind, seconds, inputs, outputs, [key for key in needed if key.source == BATCH])
 
-    def _travels(self, key: ValueKey) -> bool:
-        return self._home[key.source] != self._home[key.target]
+    def _link(self, key: ValueKey) -> Link | None:
+        """Returns what a value travels over, None where both stages are on one rank."""
+        ranks = self._home[key.source], self._home[key.target]
+        return None if ranks[0] == ranks[1] else self._cluster.link_between(*ranks)
 
     def _size(self, key: ValueKey) -> float:
         return self._bytes.get((key.kind, key.name), 0.0)  # counts and norms are next to nothing

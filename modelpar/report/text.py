@@ -22,6 +22,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from modelpar.planning.balance import imbalance
 from modelpar.planning.memory import peak_microbatches_per_stage, stage_memory_bytes
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
@@ -91,7 +92,7 @@ def partition_table(plan: Plan) -> Table:
     title = f"{plan.num_stages} stages by {plan.partition.method}, {plan.num_microbatches} micro-batches"
     table = _table(title, caption=tied_note(plan))
     table.add_column("stage", justify="right")
-    table.add_column("layers", no_wrap=True)
+    table.add_column("layers", overflow="fold")  # long names take several lines rather than the other columns' room
     for name in ("parameters", f"share of\n{cost_unit(plan)}", "memory"):
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("device")
@@ -106,11 +107,13 @@ def prediction_notes(plan: Plan) -> list[str]:
     notes = []
     if plan.profile.source == "flops":
         notes.append("Times are counted FLOPs at a nominal speed: only their ratios mean something.")
-    elif plan.profile.num_ranks < plan.num_ranks:
+    elif 0 < plan.profile.num_ranks < plan.num_ranks:
         notes.append(
             f"Layers were timed with {plan.profile.num_ranks} of {plan.num_ranks} ranks busy, and messages not at all: "
             "steps take longer. `modelpar profile` with these options measures both, once."
         )
+    if sentence := imbalance(plan):
+        notes.append(sentence)
     threads = plan.num_ranks * plan.num_threads
     cores = os.cpu_count() or threads
     if threads > cores and all(device == "cpu" for device in plan.cluster.devices):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modelpar.capture import trees
 from modelpar.capture.cut import Routine, StageProgram
 from modelpar.capture.objective import LossResult, loss_of
+from modelpar.capture.replay import Replay
 from modelpar.errors import RunError
 from modelpar.run.rng import EVALUATION, KeyedRandom
 
@@ -72,8 +73,10 @@ class StageRunner:
         self.losses: dict[int, LossResult] = {}
         """On the last stage, the loss of each micro-batch of the current step, detached."""
         program.module.to(device)
-        self.routines = {number: routine.to(device) for number, routine in program.routines.items()}
-        """By the number of the recording that each replays."""
+        self._replays = {
+            number: Replay(routine, program.module, device) for number, routine in program.routines.items()
+        }
+        """By the number of the recording that each replays a part of."""
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
         places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
@@ -92,10 +95,11 @@ class StageRunner:
         step = context.step if context.mode in ("train", "locate") else EVALUATION
         before = self._random.states() if self._owns_generators else []
         with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
-            routine = self.routines[context.variant(microbatch)]
+            replay = self._replays[context.variant(microbatch)]
             live = _Live({}, {}, {})
             values = {name: self._taken(name, value, live) for name, value in values.items()}
-            results = routine.run(self.program.module, values, self._random.own)
+            results = replay(values, self._random.own)
+            routine = replay.routine
             for name in routine.gives:
                 live.given[name] = _needing_grad(results[name])
                 results[name] = self._frozen(results[name])
@@ -147,7 +151,7 @@ class StageRunner:
 
     def learn(self, number: int, routine: Routine) -> None:
         """Adds what to do where another recording is to be replayed."""
-        self.routines[number] = routine.to(self.device)
+        self._replays[number] = Replay(routine, self.program.module, self.device)
 
     def backward(self, microbatch: int, grads: dict[str, list[Tensor | None]]) -> dict[str, list[Tensor | None]]:
         """Runs backward from the gradients of the values given, and returns those of the values received.

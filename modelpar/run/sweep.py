@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from modelpar.capture import trees
 from modelpar.capture.cut import StageProgram
 from modelpar.capture.objective import loss_of
+from modelpar.capture.replay import Replay
 from modelpar.run import wire
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
@@ -189,9 +190,9 @@ class _Runs:
             start = self._clock()
             results = runner.forward(microbatch, values, self._context)
             seconds[unit].append(self._clock() - start)
-            self._outputs[unit] = {name: results[name] for name in runner.routines[0].gives}
+            self._outputs[unit] = {name: results[name] for name in runner.program.routines[0].gives}
             for name, value in self._outputs[unit].items():
-                if name not in self._seeds[unit] and name in runner.routines[0].needs_grad:
+                if name not in self._seeds[unit] and name in runner.program.routines[0].needs_grad:
                     tensors = [t for t in trees.tensors_of(value) if t.requires_grad]
                     self._seeds[unit][name] = [torch.ones_like(t) for t in tensors]
 
@@ -245,12 +246,13 @@ def _input_shares(
     shares = []
     for program, sources in zip(programs, work.sources, strict=True):
         program.module.to(device)
-        routine = program.routines[0].to(device)
+        routine = program.routines[0]
         weights = [parameter for parameter in program.module.parameters() if parameter.requires_grad]
+        replay = Replay(routine, program.module, device)
         alone = []
         for _ in range(_SPLITS):
             values = _values(sources, batch, outputs)
-            output = routine.run(program.module, values)
+            output = replay(values)
             if program.is_last:
                 total = loss_of(program.loss, output["output"], output["targets"], work.num_samples).total
                 output = {**{name: output[name] for name in routine.gives}, "loss": total}
