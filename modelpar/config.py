@@ -205,6 +205,8 @@ _NULLABLE: dict[str, type] = {
     "training.max_norm": float,
     "pipeline.num_threads": int,
     "pipeline.devices": ListConfig,
+    "pipeline.init": str,
+    "pipeline.weights": str,
     "transport.step_timeout": float,
     "cluster.devices": ListConfig,
     "cluster.memory": _Size,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from modelpar.capture.deferred import materialize
 from modelpar.capture.objective import Batch, Objective, batch_size, split_batch
 from modelpar.compared import compare_outputs, compare_states, compare_values
 from modelpar.planning.plan import Plan
@@ -38,7 +39,7 @@ def verify(
     be equal to the bit.
     """
     exact = replace(plan, tied="exact")
-    model = objective.build(seed)
+    model = materialize(objective.build(seed))
     order = [parameter.name for layer in plan.graph.layers for parameter in layer.parameters]
     threads = torch.get_num_threads()
     torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits

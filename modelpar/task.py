@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig
+from torch import nn
 
+from modelpar.capture.factory import construct
 from modelpar.capture.objective import Batch, Objective
 from modelpar.config import choice, cluster_of, make
 from modelpar.data.base import Data
@@ -105,17 +107,32 @@ def task_of(config: DictConfig) -> Task:
         if training[name] < least:
             raise ConfigError(f"training.{name} is {training[name]}; expected at least {least}")
     torch.manual_seed(training.seed)
-    model, example, loss = make(config.model, "model")
+    objective, example = _objective(config)
     of_example = "example" in config.data and not {"factory", "config"}.isdisjoint(config.model)
     data: Data = make(config.data, "data", **({"example": example} if of_example else {}))
     return Task(
         config=config,
-        objective=Objective(model, loss),
+        objective=objective,
         data=data,
         example=next(data.batches(training.batch_size, training.seed)),
         optimizer=make(config.optimizer, "optimizer"),
         lr_schedule=make(config.lr_schedule, "lr_schedule"),
     )
+
+
+def _objective(config: DictConfig) -> tuple[Objective, Any]:
+    """Returns the model with its loss, and the example batch that comes with it."""
+    init, weights = config.pipeline.init, config.pipeline.weights
+    if init is None and weights is None:
+        model, example, loss = make(config.model, "model")
+        return Objective(model, loss), example
+
+    def factory() -> nn.Module:
+        found: nn.Module = make(config.model, "model")[0]
+        return found
+
+    _, example, loss = construct(lambda: make(config.model, "model"), config.training.seed)
+    return Objective(factory, loss, init=init, weights=weights), example
 
 
 def model_name(config: DictConfig) -> str:

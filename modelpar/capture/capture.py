@@ -14,6 +14,7 @@ from torch.utils import _pytree as pytree
 
 from modelpar.capture import trees
 from modelpar.capture.cut import cut_routine
+from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of, own_loss, run
 from modelpar.capture.recording import Node, Recording, Ref, State, Template, signature
@@ -55,7 +56,7 @@ def capture(
     grain = grain or Grain()
     model = objective.build() if model is None else model
     refuse(model)
-    with untouched(model), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model), streamed(model), torch.inference_mode(False), torch.enable_grad():
         leaves = choose_leaves(model, lambda: _first_run(objective, model, microbatch), num_ranks, grain)
     recording = record(objective, microbatch, model, leaves)
     return Captured(recording, build_graph(recording, model, grain.keep_together))
@@ -76,7 +77,7 @@ def record(
     what cannot be followed in the model's own forward raises CaptureError.
     """
     retried = False
-    with untouched(model), in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
+    with untouched(model), streamed(model), in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
         states = generator_states()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         while True:

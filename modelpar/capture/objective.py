@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modelpar.capture.deferred import deferred_in
+from modelpar.capture.factory import construct
+from modelpar.capture.recipe import Drawn
+from modelpar.capture.weights import read_from
 from modelpar.errors import CaptureError, ConfigError
 
 Batch = tuple[Any, Any]
@@ -40,16 +45,52 @@ class Objective:
     loss: Callable[[Any, Any], Tensor | LossResult] | None = None
     batch_dim: int = field(default=0, kw_only=True)
     """The dimension of inputs and targets that counts samples."""
+    init: str | None = field(default=None, kw_only=True)
+    """"meta": nobody holds the whole model; parameters are made where they are needed, see `capture/factory.py`."""
+    weights: str | Path | None = field(default=None, kw_only=True)
+    """A safetensors file, or a folder of some, in which the parameters and buffers are found; implies init="meta"."""
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for options that do not fit the model."""
+        if self.init not in (None, "meta"):
+            raise ConfigError(f"init is {self.init!r}; expected None or 'meta'")
+        if isinstance(self.model, nn.Module) and (self.init or self.weights):
+            option = "weights" if self.weights else "init='meta'"
+            raise ConfigError(
+                f"{option} is given with a {type(self.model).__name__}, which is there as a whole; expected a function "
+                "that makes the model"
+            )
 
     def build(self, seed: int = 0) -> nn.Module:
-        """Returns the model; a factory is called with torch's generators seeded, and they are restored afterwards."""
+        """Returns the model; a factory is called with torch's generators seeded, and they are restored afterwards.
+
+        With init="meta" or `weights` its parameters are on the meta device. Raises ConfigError, by FQN, for a tensor
+        that the weights lack or have in another shape, and CaptureError for one that nothing initialises.
+        """
         if isinstance(self.model, nn.Module):
             return self.model
+        if self.init or self.weights:
+            return self._deferred(seed)
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             model = self.model()
         if not isinstance(model, nn.Module):
             raise CaptureError(f"the model factory returned {type(model).__name__}; expected a torch.nn.Module")
+        return model
+
+    def _deferred(self, seed: int) -> nn.Module:
+        assert not isinstance(self.model, nn.Module)
+        model = construct(self.model, seed)
+        if not isinstance(model, nn.Module):
+            raise CaptureError(f"the model factory returned {type(model).__name__}; expected a torch.nn.Module")
+        if self.weights is not None:
+            read_from(model, self.weights)
+        for name, (_, recipe) in deferred_in(model).items():
+            if isinstance(recipe, Drawn) and not recipe.is_written:
+                raise CaptureError(
+                    f"{name} is never initialised; expected its module to do so, in reset_parameters or __init__, or "
+                    "weights="
+                )
         return model
 
 

@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from modelpar.capture import trees
 from modelpar.capture.capture import Captured, leaf_names, untouched
 from modelpar.capture.cut import Routine, cut_routine
+from modelpar.capture.deferred import made
 from modelpar.capture.graph import Layers
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
 from modelpar.capture.recording import Node
@@ -78,7 +79,8 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
             if key not in known:
                 states = {id(t): t for m in layer.modules for t in model.get_submodule(m).parameters()}
                 states |= {id(t): t for p in layer.parameters if not p.buffer for t in [model.get_parameter(p.name)]}
-                known[key] = _count_layer(layer.name, list(states.values()), [*model.buffers()], forward, received)
+                with made(states.values()):
+                    known[key] = _count_layer(layer.name, list(states.values()), [*model.buffers()], forward, received)
             cost, given = known[key]
             values |= zip(routine.gives, given, strict=False)
             costs.append(replace(cost, name=layer.name))

@@ -141,28 +141,33 @@ class _Pickler(cloudpickle.Pickler):
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
-        self.tensors: list[Tensor] = []
+        self.tensors: list[Tensor | None] = []
+        """None for one that is not there."""
         self.index: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
         if type(obj) not in (Tensor, nn.Parameter, nn.Buffer):
             return None
         if id(obj) not in self.index:
-            self.index[id(obj)] = len(self.tensors)
-            self.tensors.append(obj.detach())
+            self.index[id(obj)] = len(self.index)
+            self.tensors.append(None if obj.is_meta else obj.detach())
         attributes = {name: value for name, value in vars(obj).items() if not name.startswith("_")}
-        return self.index[id(obj)], type(obj), obj.requires_grad, attributes
+        form = (tuple(obj.shape), obj.stride(), _DTYPES[obj.dtype]) if obj.is_meta else None
+        return self.index[id(obj)], type(obj), obj.requires_grad, form, attributes
 
 
 class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: list[Tensor]):
+    def __init__(self, file: io.BytesIO, tensors: list[Tensor | None]):
         super().__init__(file)
         self._tensors, self._made = tensors, dict[int, Tensor]()
 
     def persistent_load(self, pid: Any) -> Tensor:
-        index, kind, requires_grad, attributes = pid
+        index, kind, requires_grad, form, attributes = pid
         if index not in self._made:
             tensor = self._tensors[index]
+            if form is not None:
+                tensor = torch.empty_strided(form[0], form[1], dtype=_dtype(form[2]), device="meta")
+            assert tensor is not None
             if kind is nn.Parameter:
                 tensor = nn.Parameter(tensor, requires_grad)
             elif kind is nn.Buffer:
@@ -177,7 +182,8 @@ class Parcel:
     """Any object as bytes plus the tensors it holds, which keep their identity: a tied tensor stays one tensor."""
 
     data: bytes
-    tensors: list[Tensor]
+    tensors: list[Tensor | None]
+    """None for one that is to be made where it arrives."""
 
 
 def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
@@ -201,7 +207,7 @@ def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
             f"uses {found[0]}, which is not its own: it would be a copy that is never updated; expected layers that "
             "share a tensor to hold it as an attribute of each, or to be on one stage"
         )
-    return Parcel(file.getvalue(), [_exact(tensor) for tensor in pickler.tensors])
+    return Parcel(file.getvalue(), [None if tensor is None else _exact(tensor) for tensor in pickler.tensors])
 
 
 def ship_as(what: str, obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:

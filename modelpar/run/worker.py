@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 
 from modelpar.capture.cut import StageProgram
+from modelpar.capture.deferred import materialize
 from modelpar.planning.plan import Plan
 from modelpar.run import cuda, wire
 from modelpar.run.exchange import Exchange
@@ -104,6 +105,7 @@ class Worker:
         runners = {}
         for parcel in programs:
             program: StageProgram = wire.receive(parcel)
+            self._make(program)
             runners[program.stage] = StageRunner(program, settings.seed, device, self._random_lock)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
@@ -124,9 +126,16 @@ class Worker:
         place = cuda.resolve(device)
         cuda.use(place)
         work: SweepWork = wire.receive(setup)
-        received = [wire.receive(parcel) for parcel in programs]
+        received: list[StageProgram] = [wire.receive(parcel) for parcel in programs]
+        for program in received:
+            self._make(program)
         alone = self._random_lock is None
         return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs))
+
+    def _make(self, program: StageProgram) -> None:
+        """Makes what is not there of a stage: it may draw from the generators."""
+        with self._random_lock or nullcontext():
+            materialize(program.module)
 
     def _describe(self, error: BaseException) -> Failure:
         try:
@@ -147,5 +156,6 @@ class Worker:
 
 
 def _memory(device: torch.device, alone: bool, parcels: list[wire.Parcel]) -> PeakMemory:
-    received = sum(tensor.untyped_storage().nbytes() for parcel in parcels for tensor in parcel.tensors)
+    tensors = [tensor for parcel in parcels for tensor in parcel.tensors if tensor is not None]
+    received = sum(tensor.untyped_storage().nbytes() for tensor in tensors)
     return PeakMemory(device, alone, received)
