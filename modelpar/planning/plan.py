@@ -136,11 +136,12 @@ class Plan:
         ours = {parameter.name: parameter for layer in self.graph.layers for parameter in layer.parameters}
         changes = []
         for layer in self.graph.layers:
-            gone = [parameter.name for parameter in layer.parameters if parameter.name not in parameters]
+            gone = [p.name for p in layer.parameters if p.name not in parameters]
             changes += [
                 f"{name} is gone" for name in ([layer.name] if len(gone) == len(layer.parameters) > 0 else gone)
             ]
-        changes += [f"{name} changed" for name, p in ours.items() if parameters.get(name, p) != p]
+            if any(parameters.get(p.name, p) != p for p in layer.parameters):
+                changes.append(f"{layer.name} changed")
         known = {*ours, *self.graph.parameters, *(name for tie in self.graph.tied for name in tie.names)}
         new = [name for name, p in parameters.items() if name not in known and not p.buffer]
         changes += [f"{name} is new" for name in dict.fromkeys(name.partition(".")[0] for name in new)]
