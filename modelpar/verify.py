@@ -115,8 +115,8 @@ def _verify(
             found = pipeline.state_dict()
             what = f"step {step}, {unsplit.size(each)} samples"
             checks.append(_equal(f"loss of {what}", {"loss": torch.tensor(loss)}, {"loss": torch.tensor(expected)}))
-            names = dict(model.named_parameters())
-            compared = {name: g for name, g in gradients.items() if name in names}
+            trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+            compared = {name: g for name, g in gradients.items() if name in trained}
             checks.append(_equal(f"gradients of {what}", found, compared))
             checks.append(_equal(f"buffers after {what}", found, unsplit.buffers()))
     unsplit.restart()
@@ -142,7 +142,8 @@ class _Unsplit:
 
     def __init__(self, objective: Objective, model: nn.Module, plan: Plan, seed: int):
         self._objective, self._plan, self._seed = objective, plan, seed
-        self._model = copy.deepcopy(model)
+        values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+        self._model = copy.deepcopy(model, {id(v): v.detach().clone() for v in values})  # what hooks compute anew
         self._start = {name: _kept(value) for name, value in model.state_dict().items()}
         self._fixed = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._draws = tuple(dict.fromkeys(name for layer in plan.graph.layers for name in layer.draws))
@@ -210,9 +211,9 @@ class _Unsplit:
         parts, full = self.evaluate(batch), float(whole.total) / whole.count
         if abs(parts - full) > 1e-4 * max(abs(full), 1e-8):
             yield (
-                f"the loss of the whole batch is {full:.6g}, of its micro-batches together {parts:.6g}: it mixes samples, "
-                "or is a mean over something else than samples, such as tokens that are not ignored; give a loss that "
-                "returns LossResult(total=sum, count=number of tokens)"
+                f"the loss of the whole batch is {full:.6g}, of its micro-batches together {parts:.6g}: it mixes "
+                "samples, or is a mean over something else than samples, such as tokens that are not ignored; give a "
+                "loss that returns LossResult(total=sum, count=number of tokens)"
             )
 
     def _loss(self, batch: Batch, num_samples: int) -> LossResult:

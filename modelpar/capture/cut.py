@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Any
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from modelpar.capture import trees
 from modelpar.capture.graph import Layers, first_names
-from modelpar.capture.recording import PLACEHOLDER, Held, Node, Recording, Ref, Settings, State, Template
+from modelpar.capture.recording import PLACEHOLDER, Held, Node, Recording, Ref, State, Template, as_set
 from modelpar.errors import RunError
 from modelpar.planning.graph import ModelGraph, StageGraph
 
@@ -52,6 +53,10 @@ class Routine:
     targets: Template | None
     """Only on the last stage: what else it is given."""
     held: tuple[Any, ...] = ()
+    draws: frozenset[str] = frozenset()
+    """FQNs of the modules whose own forward draws random numbers."""
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of those, the ones that several stages call: how often the earlier stages do, and how often this one does."""
 
     def to(self, device: torch.device) -> Routine:
         """Returns the routine with its constants on a device, which it also uses wherever the code named one."""
@@ -90,13 +95,11 @@ class Routine:
             node = step.node
             args, kwargs = node.args.fill(get)
             written = [get(leaf) for leaf in node.writes]
-            target = module.get_submodule(node.target) if isinstance(node.target, str) else node.target
             if node.settings is None and (drawing is None or "" not in node.draws):
-                output = target(*args, **kwargs)
+                output, leaves = node.call(module, args, kwargs)
             else:
-                with _as_set(node.settings), drawing("") if drawing and "" in node.draws else nullcontext():
-                    output = target(*args, **kwargs)
-            leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
+                with as_set(node.settings), drawing("") if drawing and "" in node.draws else nullcontext():
+                    output, leaves = node.call(module, args, kwargs)
             if step.exact:
                 _check(node, leaves)
             for index in step.kept:
@@ -239,6 +242,11 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
         for ref, consumers in layers.consumers.items()
         if ref.node in numbers and any(consumer not in own for consumer in consumers)
     }
+    calls = {"before": Counter[str](), "here": Counter[str](), "behind": Counter[str]()}
+    for number, node in enumerate(nodes):
+        place = "here" if number in numbers else "before" if number < min(numbers) else "behind"
+        calls[place].update(dict(node.calls))
+    draws = frozenset(name for number in ordered for name in nodes[number].draws if name)
     touched = {ref for number in ordered for ref in nodes[number].touches}
     return Routine(
         steps=_steps(recording, ordered, set(gives.values()) | set(ends)),
@@ -249,6 +257,8 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
         output=recording.output if last else None,
         targets=recording.targets if last else None,
         held=recording.held,
+        draws=draws,
+        calls={n: (calls["before"][n], calls["here"][n]) for n in draws if calls["before"][n] or calls["behind"][n]},
     )
 
 
@@ -285,17 +295,3 @@ def _state(module: nn.Module, name: str) -> Tensor:
     place, _, last = name.rpartition(".")
     found: Tensor = getattr(module.get_submodule(place), last)
     return found
-
-
-@contextmanager
-def _as_set(settings: Settings | None) -> Iterator[None]:
-    """Sets grad mode and autocast as they were around a call."""
-    if settings is None:
-        yield
-        return
-    with ExitStack() as stack:
-        if not settings.grad:
-            stack.enter_context(torch.no_grad())
-        for kind, enabled, dtype in settings.autocast:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-        yield

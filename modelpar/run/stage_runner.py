@@ -44,7 +44,7 @@ class _Received(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, kept: list[Tensor]) -> Tensor:
         ctx.kept = kept
-        return tensor.view_as(tensor)
+        return tensor.detach()  # a view would get other strides where a size is 1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
@@ -91,8 +91,10 @@ class StageRunner:
         training = context.mode == "train"
         step = context.step if context.mode in ("train", "locate") else EVALUATION
         before = self._random.states() if self._owns_generators else []
-        with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
-            routine = self.routines[context.variant(microbatch)]
+        routine = self.routines[context.variant(microbatch)]
+        self._random.attach(routine.draws)
+        keyed = self._random.microbatch(step, context.first + microbatch, routine.calls)
+        with torch.set_grad_enabled(training), keyed:
             live = _Live({}, {}, {})
             values = {name: self._taken(name, value, live) for name, value in values.items()}
             results = routine.run(self.program.module, values, self._random.own)
