@@ -39,7 +39,9 @@ class Unsplit:
     def __init__(self, objective: Objective, model: nn.Module, plan: Plan, seed: int):
         self._objective, self._plan, self._seed = objective, plan, seed
         self._device = torch.device(plan.cluster.devices[-1])
-        self._model = copy.deepcopy(model).to(self._device)
+        values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+        computed = {id(value): value.detach().clone() for value in values}  # by hooks, which will do so again
+        self._model = copy.deepcopy(model, computed).to(self._device)
         self._start = copy.deepcopy(model.state_dict())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._draws = tuple(dict.fromkeys(name for layer in plan.graph.layers for name in layer.draws))

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,12 +17,15 @@ from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of, own_loss, run
-from modelpar.capture.recording import Node, Recording, Ref, State, Template, signature
+from modelpar.capture.pruning import pruned
+from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
 from modelpar.capture.survey import Grain, choose_leaves, outermost
-from modelpar.capture.tape import Tape, Trap, generator_states, set_generator_states
+from modelpar.capture.tape import Tape
+from modelpar.capture.traps import Trap
+from modelpar.capture.watch import generator_states, has_drawn, set_generator_states
 from modelpar.errors import CaptureError, describe
-from modelpar.planning.graph import BATCH, ModelGraph
+from modelpar.planning.graph import ModelGraph
 
 MODES = ("train", "evaluate", "predict")
 
@@ -57,7 +60,13 @@ def capture(
     model = objective.build() if model is None else model
     refuse(model)
     with untouched(model), streamed(model), torch.inference_mode(False), torch.enable_grad():
-        leaves = choose_leaves(model, lambda: _first_run(objective, model, microbatch), num_ranks, grain)
+        leaves = choose_leaves(
+            model,
+            lambda: _first_run(objective, model, microbatch),
+            lambda: _evaluate(objective, model, microbatch),
+            num_ranks,
+            grain,
+        )
     recording = record(objective, microbatch, model, leaves)
     return Captured(recording, build_graph(recording, model, grain.keep_together))
 
@@ -77,7 +86,13 @@ def record(
     what cannot be followed in the model's own forward raises CaptureError.
     """
     retried = False
-    with untouched(model), streamed(model), in_mode(model, mode), torch.inference_mode(False), torch.enable_grad():
+    with (
+        untouched(model),
+        streamed(model),
+        in_mode(model, mode),
+        torch.inference_mode(False),
+        torch.set_grad_enabled(mode == "train"),
+    ):
         states = generator_states()
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         while True:
@@ -102,29 +117,29 @@ def record(
         if objective.loss is not None and mode != "predict":
             before = generator_states()
             _loss(objective, output, targets, recording.num_samples)
-            if not all(map(torch.equal, before, generator_states())):
+            if has_drawn(before):
                 raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
-        set_generator_states(states)
-        with torch.no_grad():
-            for name, buffer in model.named_buffers():
-                buffer.copy_(buffers[name])
-        _check_replay(recording, model, output, microbatch)
+        plain = _again(model, states, buffers, lambda: _counting(objective, mode, run(model, _copy(microbatch[0]))))
+        replayed = _again(model, states, buffers, lambda: _replay(recording, model, microbatch))
+        _check_same(replayed, plain)
     return recording
+
+
+def _again(model: nn.Module, states: list[Tensor], buffers: dict[str, Tensor], call: Callable[[], Any]) -> Any:
+    """Calls something with the generators and buffers as they were before the forward."""
+    set_generator_states(states)
+    with torch.no_grad():
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return call()
 
 
 def _record(
     objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str
 ) -> tuple[Recording, Any, Any]:
-    inputs, targets = (trees.map_tensors(lambda t: t.detach().clone(), part) for part in microbatch)
+    inputs, targets = map(_copy, microbatch)
     tape = Tape(model, leaves)
-    own = objective.loss is None and mode != "predict"
     takes_targets = objective.loss is not None and mode != "predict"
-
-    def finish(output: Any) -> Any:
-        loss = own_loss(output) if own else output
-        if own and (not isinstance(loss, Tensor) or loss.dim()):
-            _loss(objective, output, targets, 1)  # says what is wrong
-        return loss
 
     def forward() -> Any:
         try:
@@ -138,10 +153,21 @@ def _record(
 
     batch = leaf_names(inputs, targets if takes_targets else None)
     samples = batch_size(inputs, objective.batch_dim)
+    finish = partial(_counting, objective, mode)
     recording, output = tape.record(forward, batch, samples, finish, targets if takes_targets else None)
-    recording = _pruned(recording)
+    recording = pruned(recording)
     made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
     return replace(recording, signature=made_for), output, targets
+
+
+def _counting(objective: Objective, mode: str, output: Any) -> Any:
+    """Returns what counts of a model's output: its own loss, if it has one and that is asked for."""
+    if objective.loss is not None or mode == "predict":
+        return output
+    loss = own_loss(output)
+    if not isinstance(loss, Tensor) or loss.dim():
+        _loss(objective, output, None, 1)  # says what is wrong
+    return loss
 
 
 def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
@@ -161,80 +187,29 @@ def _key(key: Any) -> Any:
     return key
 
 
-def _pruned(recording: Recording) -> Recording:
-    """Leaves out functions that nobody needs, and views of changed memory that nobody looks at again."""
-    nodes = recording.nodes
-    wanted = {ref for template in recording.ends for ref in template.refs}
-    new: dict[int, Node] = {}
-    places: dict[Ref, Ref] = {}
-    """Where what a node wrote to is found afterwards."""
-    for number in reversed(range(len(nodes))):
-        node = nodes[number]
-        used = {ref.index for ref in wanted if ref.node == number}
-        lasting = (node.is_module and not node.free) or node.draws or any(isinstance(s, State) for s in node.writes)
-        if not used and not lasting:
-            continue
-        arguments = len(node.writes) - node.aliases
-        kept = [k for k in range(len(node.writes)) if k < arguments or -1 - k in used]
-        places |= {Ref(number, -1 - k): Ref(number, -1 - at) for at, k in enumerate(kept)}
-        new[number] = replace(
-            node,
-            writes=tuple(node.writes[k] for k in kept),
-            written=tuple(node.written[k] for k in kept),
-            aliases=len(kept) - arguments,
-        )
-        wanted |= set(new[number].takes)
-    free: set[int] = {BATCH}
-    uses = Counter(takes for node in new.values() for takes in {ref.node for ref in node.takes})
-    for number in sorted(new):  # a module whose output only one call takes is a layer like any other
-        node = new[number]
-        if node.free and {ref.node for ref in node.takes} <= free and not (node.is_module and uses[number] < 2):
-            free.add(number)
-        new[number] = replace(node, free=number in free)
-    order = {BATCH: BATCH} | {number: i for i, number in enumerate(sorted(new))}
-
-    def moved(leaf: Any) -> Any:
-        if type(leaf) is not Ref:
-            return leaf
-        place = places.get(leaf, leaf)
-        return Ref(order[place.node], place.index)
-
-    def template(found: Template) -> Template:
-        return Template(tuple(map(moved, found.leaves)), found.spec)
-
-    return replace(
-        recording,
-        nodes=tuple(
-            replace(
-                new[n],
-                args=template(new[n].args),
-                writes=tuple(map(moved, new[n].writes)),
-                touches=tuple(moved(ref) for ref in new[n].touches if ref.node in order),
-            )
-            for n in sorted(new)
-        ),
-        output=template(recording.output),
-        targets=recording.targets and template(recording.targets),
-        guards=tuple(replace(guard, args=template(guard.args)) for guard in recording.guards),
-        together=tuple((order[i], order[j]) for i, j in recording.together if i in order and j in order),
-    )
-
-
-def _check_replay(recording: Recording, model: nn.Module, output: Any, microbatch: Batch) -> None:
-    """Raises CaptureError unless replaying gives the same output, to the bit."""
+def _replay(recording: Recording, model: nn.Module, microbatch: Batch) -> Any:
+    """Returns what replaying a recording gives."""
     routine = cut_routine(recording, (0, len(Layers(recording).nodes)), 0)
-    inputs, targets = (trees.map_tensors(lambda t: t.detach().clone(), part) for part in microbatch)
-    values = leaf_names(inputs, targets)
+    values = leaf_names(*map(_copy, microbatch))
     try:
-        found = Replay(routine, model)({name: values[name] for name in routine.takes})["output"]
+        return Replay(routine, model)({name: values[name] for name in routine.takes})["output"]
     except Exception as error:
         raise CaptureError(f"the recording cannot be replayed: {describe(error)}") from error
-    ours, theirs = trees.tensors_of(found), trees.tensors_of(output)
+
+
+def _check_same(replayed: Any, plain: Any) -> None:
+    """Raises CaptureError unless two outputs are the same, to the bit."""
+    ours, theirs = trees.tensors_of(replayed), trees.tensors_of(plain)
     if len(ours) != len(theirs) or not all(map(_same, ours, theirs)):
         raise CaptureError(
-            "replaying what the model did gives another output: its forward depends on something that cannot be seen; "
-            "expected a forward that depends on its inputs and weights only"
+            "replaying what the model did gives another output than the model: its forward depends on something that "
+            "cannot be seen, or asks whether somebody watches; expected a forward that depends on its inputs and "
+            "weights only"
         )
+
+
+def _copy(tree: Any) -> Any:
+    return trees.map_tensors(lambda t: t.detach().clone(), tree)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
@@ -262,12 +237,18 @@ def refuse(model: nn.Module) -> None:
 
 def _first_run(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
     """Runs the forward once."""
-    inputs = trees.map_tensors(lambda t: t.detach().clone(), microbatch[0])
+    inputs = _copy(microbatch[0])
     try:
         run(model, inputs)
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(inputs)) or "no tensors"
         raise CaptureError(f"the model failed on the example batch, inputs {shapes}: {describe(error)}") from error
+
+
+def _evaluate(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
+    """Runs the forward once in eval mode."""
+    with in_mode(model, "evaluate"):
+        _first_run(objective, model, microbatch)
 
 
 def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:

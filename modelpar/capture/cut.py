@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -44,6 +45,10 @@ class Routine:
     targets: Template | None
     """Only on the last stage: what else it is given."""
     held: tuple[Any, ...] = ()
+    draws: frozenset[str] = frozenset()
+    """FQNs of the modules whose own forward draws random numbers."""
+    calls: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """Of those, the ones that several stages call: how often the earlier stages do, and how often this one does."""
 
 
 @dataclass
@@ -170,6 +175,11 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
         for ref, consumers in layers.consumers.items()
         if ref.node in numbers and any(consumer not in own for consumer in consumers)
     }
+    calls = {"before": Counter[str](), "here": Counter[str](), "behind": Counter[str]()}
+    for number, node in enumerate(nodes):
+        place = "here" if number in numbers else "before" if number < min(numbers) else "behind"
+        calls[place].update(dict(node.calls))
+    draws = frozenset(name for number in ordered for name in nodes[number].draws if name)
     touched = {ref for number in ordered for ref in nodes[number].touches}
     return Routine(
         steps=_steps(recording, ordered, set(gives.values()) | set(ends)),
@@ -180,6 +190,8 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
         output=recording.output if last else None,
         targets=recording.targets if last else None,
         held=recording.held,
+        draws=draws,
+        calls={n: (calls["before"][n], calls["here"][n]) for n in draws if calls["before"][n] or calls["behind"][n]},
     )
 
 

@@ -8,7 +8,7 @@
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -45,12 +45,11 @@ class Layers:
     @cached_property
     def names(self) -> tuple[str, ...]:
         """The FQN of each layer's module; "#2" and so on behind it for a module's later calls."""
-        calls: Counter[str] = Counter()
         names = []
         for numbers in self.nodes:
-            name = next((self.recording.nodes[i].name for i in numbers if self.recording.nodes[i].is_module), "model")
-            calls[name] += 1
-            names.append(name if calls[name] == 1 else f"{name}#{calls[name]}")
+            first = next((self.recording.nodes[i] for i in numbers if self.recording.nodes[i].is_module), None)
+            name = first.name if first else "model"
+            names.append(name if first is None or first.nth == 1 else f"{name}#{first.nth}")
         return tuple(names)
 
     @cached_property
@@ -104,13 +103,10 @@ class Layers:
             taken.add(names[ref])
         return names
 
-    def original(self, ref: Ref) -> Ref | State:
+    def original(self, ref: Ref | State) -> Ref | State:
         """Returns the value as it was before anything wrote to it: the same tensor."""
-        while ref.index is not None and ref.index < 0:
-            written = self.recording.nodes[ref.node].writes[-1 - ref.index]
-            if isinstance(written, State):
-                return written
-            ref = written
+        while isinstance(ref, Ref) and ref.index is not None and ref.index < 0:
+            ref = self.recording.nodes[ref.node].writes[-1 - ref.index]
         return ref
 
     def free_nodes(self, layer: int) -> list[int]:
@@ -217,17 +213,30 @@ def _spans(
     first = first_names(model)
     free = {state.name for node in recording.nodes if node.free for state in node.args.states}
     free |= {f"{n.name}.{b}" for n in recording.nodes if n.free and n.is_module for b in _buffers(model, n.name)}
+    free = {first[name] for name in free} - {first[name] for node in recording.nodes for name in node.changes}
     uses: defaultdict[str, list[int]] = defaultdict(list)
     for layer, names in enumerate(states):
         for name in names:
-            if name in buffers and name not in free:  # both uses may write to it
+            if name in buffers and first[name] not in free:  # both uses may write to it
                 uses[first[name]].append(layer)
-    for layer, numbers in enumerate(layers.nodes):  # a call number would start anew on the second stage
-        for drawn in {drawn for n in numbers for drawn in recording.nodes[n].draws if recording.nodes[n].is_module}:
-            uses[f"{drawn}()"].append(layer)
     for used in uses.values():
         yield from _around(used)
+    yield from _known_by_other_names(layers)
     yield from _sharing_memory(model, states)
+
+
+def _known_by_other_names(layers: Layers) -> Iterator[tuple[int, int]]:
+    """Yields layers that call a module that draws, of which some have it by another name than its first: its key."""
+    uses: defaultdict[str, list[int]] = defaultdict(list)
+    renamed: set[str] = set()
+    for number, layer in layers.of_node.items():
+        node = layers.recording.nodes[number]
+        for name, _ in node.calls:
+            uses[name].append(layer)
+            if not f"{name}.".startswith(f"{node.name}."):
+                renamed.add(name)
+    for name in renamed:
+        yield from _around(uses[name])
 
 
 def _buffers(model: nn.Module, name: str) -> list[str]:

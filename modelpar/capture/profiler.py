@@ -91,7 +91,7 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
 def _call(node: Node) -> Any:
     """Returns what a call depends on besides the values it takes, and besides names."""
     plain = [leaf for leaf in node.args.leaves if isinstance(leaf, (bool, int, float, str, torch.dtype))]
-    return "" if node.is_module else node.name, repr(plain), node.settings
+    return "" if node.is_module else node.name, repr(plain), node.settings, len(node.inner)
 
 
 def _count_layer(

@@ -15,7 +15,8 @@ the nodes is the forward, as long as nothing that this code branches on changes:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -47,11 +48,26 @@ class Held(NamedTuple):
 
 
 class Settings(NamedTuple):
-    """What the code around a call had set, apart from torch's defaults."""
+    """What the code around a call had set."""
 
-    grad: bool
+    grad: bool | None
+    """Whether gradients were on, where that differs from how the model as a whole was run."""
     autocast: tuple[tuple[str, bool, torch.dtype], ...]
     """Device types whose autocast differs from off, with what it is."""
+
+
+@contextmanager
+def as_set(settings: Settings | None) -> Iterator[None]:
+    """Sets grad mode and autocast as they were around a call."""
+    if settings is None:
+        yield
+        return
+    with ExitStack() as stack:
+        if settings.grad is not None:
+            stack.enter_context(torch.set_grad_enabled(settings.grad))
+        for kind, enabled, dtype in settings.autocast:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
+        yield
 
 
 @dataclass(frozen=True)
@@ -122,19 +138,28 @@ class Node:
     """FQN of the innermost module that was not called whole; "" is the model itself."""
     line: str
     """Where it was called: "file:line"."""
+    nth: int = 1
+    """Of a module: which of its calls, from 1."""
     writes: tuple[Ref | State, ...] = ()
     """What it changed in place: arguments, and other views of their memory."""
     aliases: int = 0
     """How many of these, the last ones, are no arguments: they changed because they share memory with one."""
     touches: tuple[Ref, ...] = ()
     """All values whose memory it changed, also those that nobody looks at again."""
+    changes: tuple[str, ...] = ()
+    """FQNs of the parameters and buffers that it changed, maybe through a view."""
     draws: tuple[str, ...] = ()
     """FQNs of the modules whose own forward drew random numbers meanwhile."""
+    calls: tuple[tuple[str, int], ...] = ()
+    """How often each module was called meanwhile, of those that drew anywhere."""
     settings: Settings | None = None
     plain: tuple[Any, ...] = ()
     """The leaves of its output, a placeholder for each tensor: what the code around it may have looked at."""
     free: bool = False
     """Whether it depends on the batch and on buffers only and changes nothing: every stage that needs it does it."""
+    inner: tuple[tuple[str, int, int], ...] = ()
+    """What modules inside it returned that code outside took, as by a hook: the FQN, which call, which leaf. They count
+    as leaves of its output, behind its own."""
     needs_grad: tuple[bool, ...] = ()
     """For each leaf of its output."""
     num_bytes: tuple[int, ...] = ()
@@ -151,6 +176,17 @@ class Node:
     def name(self) -> str:
         """The module's FQN, or the function's name."""
         return self.target if isinstance(self.target, str) else function_name(self.target)
+
+    def call(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
+        """Does what it does; returns the output and all its leaves."""
+        target = model.get_submodule(self.target) if isinstance(self.target, str) else self.target
+        if not self.inner:
+            output = target(*args, **kwargs)
+            return output, [output] if isinstance(output, Tensor) else trees.leaves_of(output)
+        with _returned_by(model, {name for name, _, _ in self.inner}) as found:
+            output = target(*args, **kwargs)
+        inner = [trees.leaves_of(found[name][call])[index] for name, call, index in self.inner]
+        return output, [*trees.leaves_of(output), *inner]
 
     def needs_grad_at(self, index: int | None) -> bool:
         """Tells whether a value of this node, by its Ref's index, needs a gradient."""
@@ -170,6 +206,21 @@ class Node:
         return (*self.args.refs, *(ref for ref in self.writes if isinstance(ref, Ref)))
 
 
+@contextmanager
+def _returned_by(model: nn.Module, names: set[str]) -> Iterator[dict[str, list[Any]]]:
+    """Collects what each call of some modules returns."""
+    found: dict[str, list[Any]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda _module, _args, output, of=of: of.append(output))
+        for name, of in found.items()
+    ]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @dataclass(frozen=True)
 class Guard:
     """Something that the model's code read from a value of the batch: another outcome means another recording."""
@@ -184,13 +235,13 @@ PLACEHOLDER = "<tensor>"
 
 def signature(mode: str, inputs: Any, targets: Any, straight: bool) -> Any:
     """Returns what a recording holds for, apart from its guards: the mode, and the batch's structure, dtypes, shapes,
-    and plain values. A `straight` model does the same whatever the shapes, and whether it trains or is evaluated."""
+    and plain values. A `straight` model does the same whatever the shapes."""
     leaves, spec = trees.flatten((inputs, targets))
     described = [
         (str(leaf.dtype), leaf.dim() if straight else tuple(leaf.shape)) if isinstance(leaf, Tensor) else repr(leaf)
         for leaf in leaves
     ]
-    return "train" if straight and mode == "evaluate" else mode, repr(spec), tuple(described)
+    return mode, repr(spec), tuple(described)
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modelpar.capture import trees
 from modelpar.capture.cut import Routine, Step
-from modelpar.capture.recording import PLACEHOLDER, Held, Node, Ref, Settings, State, Template
+from modelpar.capture.recording import PLACEHOLDER, Held, Node, Ref, State, Template, as_set
 from modelpar.errors import RunError
 
 Drawing = Callable[[str], AbstractContextManager[None]]
@@ -42,7 +42,7 @@ class _Call(NamedTuple):
     node: Node
     exact: bool
     special: bool
-    """Whether the generators, grad mode or autocast must be set around it."""
+    """Whether something must be set around it, or what modules inside it return is wanted as well."""
 
 
 class Replay:
@@ -85,10 +85,10 @@ class Replay:
             if call.spec is not None:
                 arguments, keywords = trees.unflatten(arguments, call.spec)
             if call.special:
-                output = self._in_its_settings(call, drawing, arguments, keywords)
+                output, leaves = self._in_its_settings(call, drawing, arguments, keywords)
             else:
                 output = call.function(*arguments, **keywords)
-            leaves = (output,) if isinstance(output, Tensor) else trees.leaves_of(output)
+                leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
             if call.exact:
                 _check(call.node, leaves)
             for index, slot in call.kept:
@@ -104,11 +104,11 @@ class Replay:
             found[name] = value[0] if spec is None else trees.unflatten(value, spec)
         return found
 
-    @staticmethod
-    def _in_its_settings(call: _Call, drawing: Drawing | None, arguments: Any, keywords: Any) -> Any:
+    def _in_its_settings(self, call: _Call, drawing: Drawing | None, arguments: Any, keywords: Any) -> Any:
+        """Makes a call with the generators, grad mode and autocast as they should be; returns it and its leaves."""
         draws = drawing is not None and "" in call.node.draws
-        with _as_set(call.node.settings), drawing("") if drawing and draws else nullcontext():
-            return call.function(*arguments, **keywords)
+        with as_set(call.node.settings), drawing("") if drawing and draws else nullcontext():
+            return call.node.call(self._module, arguments, keywords)
 
     def _slot(self, ref: Ref) -> int:
         return self._slots.setdefault(ref, len(self._slots))
@@ -137,7 +137,7 @@ class Replay:
             dropped=tuple(self._slot(ref) for ref in step.dropped),
             node=node,
             exact=step.exact,
-            special=node.settings is not None or "" in node.draws,
+            special=node.settings is not None or "" in node.draws or bool(node.inner),
         )
 
 
@@ -151,7 +151,7 @@ def _is_flat(args: Template) -> bool:
     return args.spec == trees.flatten((tuple(0 for _ in args.leaves), {}))[1]
 
 
-def _check(node: Node, leaves: tuple[Any, ...] | list[Any]) -> None:
+def _check(node: Node, leaves: list[Any]) -> None:
     """Raises RunError where a module returned other plain values than when it was recorded."""
     found = tuple(PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in leaves)
     for now, then in zip(found, node.plain, strict=False):
@@ -162,17 +162,3 @@ def _check(node: Node, leaves: tuple[Any, ...] | list[Any]) -> None:
             )
     if len(found) != len(node.plain):
         raise RunError(f"{node.name} returned {len(found)} values; expected {len(node.plain)}, as when it was captured")
-
-
-@contextmanager
-def _as_set(settings: Settings | None) -> Iterator[None]:
-    """Sets grad mode and autocast as they were around a call."""
-    if settings is None:
-        yield
-        return
-    with ExitStack() as stack:
-        if not settings.grad:
-            stack.enter_context(torch.no_grad())
-        for kind, enabled, dtype in settings.autocast:
-            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled))
-        yield

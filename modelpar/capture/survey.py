@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -13,7 +14,8 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.flop_counter import FlopCounterMode
 
-from modelpar.errors import ConfigError
+from modelpar.capture.watch import module_calls
+from modelpar.errors import CaptureError, ConfigError
 
 FINER_THAN = 0.25
 """A module is looked into where it costs more than this share of a rank's part: then the parts can be evened out."""
@@ -52,11 +54,18 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     ]
 
 
-def choose_leaves(model: nn.Module, forward: Callable[[], Any], num_ranks: int, grain: Grain) -> frozenset[str]:
+def choose_leaves(
+    model: nn.Module,
+    forward: Callable[[], Any],
+    evaluate: Callable[[], Any],
+    num_ranks: int,
+    grain: Grain,
+) -> frozenset[str]:
     """Returns the FQNs of the modules to call whole, after one forward that tells what each costs.
 
     An nn.Sequential's children are its layers. In any other model a module is looked into as long as it costs more than
-    a quarter of a rank's even share.
+    a quarter of a rank's even share, and calls the same modules when it trains and when it is evaluated: else a cut
+    inside it would fit one of the two only.
     """
     grain.check(model)
     forced = set(matching(model, grain.leaf))
@@ -66,12 +75,17 @@ def choose_leaves(model: nn.Module, forward: Callable[[], Any], num_ranks: int, 
     if type(model).forward is nn.Sequential.forward:
         leaves = {name for name, _ in model.named_children()}
         return _without_inner(model, (leaves - opened) | forced, opened)
-    shares = _shares(model, forward)
+    shares, inner = _survey(model, forward)
+    evaluated: dict[str, set[str]] = {}
+    with suppress(CaptureError):  # whoever does not evaluate the model never knows
+        _, evaluated = _survey(model, evaluate)
+    changing = {name for name in inner.keys() & evaluated.keys() if inner[name] != evaluated[name]}
     most = FINER_THAN / num_ranks
     for name, module in model.named_modules():
         if name in forced or not all(parent in opened for parent in _parents(name)):
             continue
-        if name in opened or (shares.get(name, 0.0) > most and may_open(module)) or name not in shares:
+        worth = shares.get(name, 0.0) > most and name not in changing and may_open(module)
+        if name in opened or worth or name not in shares:
             opened.add(name)
     leaves = {name for name, _ in model.named_modules() if name not in opened}
     return _without_inner(model, leaves | forced, opened)
@@ -109,40 +123,37 @@ def outermost(names: Iterable[str]) -> frozenset[str]:
     return frozenset(name for name in names if not names.intersection(_parents(name)))
 
 
-def _shares(model: nn.Module, forward: Callable[[], Any]) -> dict[str, float]:
-    """Returns the share of all floating-point operations that one call of each module takes, of those that are called.
+def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, float], dict[str, set[str]]]:
+    """Returns the share of all floating-point operations that one call of each module takes, and which others it calls.
 
-    Where a model has none that are counted, parameters stand for them.
+    Both of the modules that are called. Where a model has no operations that are counted, parameters stand for them.
     """
     found: Counter[str] = Counter()
     calls: Counter[str] = Counter()
-    begun: list[int] = []
+    inner: dict[str, set[str]] = {}
+    path: list[str] = []
     counter = FlopCounterMode(display=False)
-    handles: list[Any] = []
+    names = {id(module): name for name, module in model.named_modules()}
 
-    def before(*_: Any) -> None:
-        begun.append(counter.get_total_flops())
-
-    def after(name: str) -> Any:
-        def hook(*_: Any) -> None:
-            found[name] += counter.get_total_flops() - begun.pop()
+    def count(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
+        if id(module) not in names:
+            return call(*args, **kwargs)
+        name, begun = names[id(module)], counter.get_total_flops()
+        inner.setdefault(name, set())
+        if path:
+            inner[path[-1]].add(name)
+        path.append(name)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            path.pop()
+            found[name] += counter.get_total_flops() - begun
             calls[name] += 1
 
-        return hook
-
-    for name, module in model.named_modules():
-        handles += [
-            module.register_forward_pre_hook(before, prepend=True),
-            module.register_forward_hook(after(name), always_call=True),
-        ]
-    try:
-        with counter, torch.no_grad():
-            forward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with counter, torch.no_grad(), module_calls(count):
+        forward()
     total = found[""]
     if total:
-        return {name: flops / total / calls[name] for name, flops in found.items()}
+        return {name: flops / total / calls[name] for name, flops in found.items()}, inner
     total = sum(p.numel() for p in model.parameters()) or 1
-    return {name: sum(p.numel() for p in model.get_submodule(name).parameters()) / total for name in found}
+    return {name: sum(p.numel() for p in model.get_submodule(name).parameters()) / total for name in found}, inner

@@ -7,9 +7,10 @@ micro-batch). Neither rank nor stage enters, so the split model draws exactly wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import RLock
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -48,21 +49,44 @@ class KeyedRandom:
             self._generators.append(torch.cuda.default_generators[device.index or 0])
         self._own_states: list[Tensor] | None = None
         """Where the model's own forward, of which each stage runs a part, has got to in this micro-batch."""
-        for name in filter(None, names):
-            drawing = module.get_submodule(name)
-            drawing.register_forward_pre_hook(self._before(name), prepend=True)
-            drawing.register_forward_hook(self._after, always_call=True)
+        self._module, self._names, self._handles = module, frozenset[str](), list[Any]()
+        self.attach(frozenset(filter(None, names)))
+
+    def attach(self, names: frozenset[str]) -> None:
+        """Seeds these submodules from now on, and no others: a hook alone makes some of torch's compute otherwise."""
+        if names == self._names:
+            return
+        while self._handles:
+            self._handles.pop().remove()
+        for name in names:
+            drawing = self._module.get_submodule(name)
+            self._handles.append(drawing.register_forward_pre_hook(self._before(name), prepend=True))
+            self._handles.append(drawing.register_forward_hook(self._after, always_call=True))
+        self._names = names
 
     @contextmanager
-    def microbatch(self, step: int, microbatch: int) -> Iterator[None]:
-        """Keys what is drawn inside for a micro-batch, whose call numbers count from 0."""
+    def microbatch(
+        self, step: int, microbatch: int, calls: Mapping[str, tuple[int, int]] = MappingProxyType({})
+    ) -> Iterator[None]:
+        """Keys what is drawn inside for a micro-batch, whose call numbers count from 0.
+
+        `calls` are the modules that other stages call as well: how often those before this one do, and this one. Raises
+        RunError where this one does not, since the others could not know.
+        """
         self._step, self._microbatch, self._forward = step, microbatch, True
-        self._calls.clear()
+        self._calls = {name: before for name, (before, _) in calls.items()}
         self._own_states = None
         try:
             yield
         finally:
             self._forward = False
+        for name, (before, here) in calls.items():
+            if self._calls[name] != before + here:
+                raise RunError(
+                    f"{name} was called {self._calls[name] - before} times, and {here} times when the model was "
+                    "captured, but other stages call it too, and it draws random numbers; expected a module of its own "
+                    "for each use"
+                )
 
     @contextmanager
     def own(self, name: str) -> Iterator[None]:

@@ -45,7 +45,7 @@ class _Received(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, kept: list[Tensor]) -> Tensor:
         ctx.kept = kept
-        return tensor.view_as(tensor)
+        return tensor.detach()  # a view would get other strides where a size is 1
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[None, None]:  # type: ignore[override]
@@ -94,12 +94,14 @@ class StageRunner:
         training = context.mode == "train"
         step = context.step if context.mode in ("train", "locate") else EVALUATION
         before = self._random.states() if self._owns_generators else []
-        with torch.set_grad_enabled(training), self._random.microbatch(step, context.first + microbatch):
-            replay = self._replays[context.variant(microbatch)]
+        replay = self._replays[context.variant(microbatch)]
+        routine = replay.routine
+        self._random.attach(routine.draws)
+        keyed = self._random.microbatch(step, context.first + microbatch, routine.calls)
+        with torch.set_grad_enabled(training), keyed:
             live = _Live({}, {}, {})
             values = {name: self._taken(name, value, live) for name, value in values.items()}
             results = replay(values, self._random.own)
-            routine = replay.routine
             for name in routine.gives:
                 live.given[name] = _needing_grad(results[name])
                 results[name] = self._frozen(results[name])

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from modelpar.capture import trees
 from modelpar.capture.capture import leaf_names, record
 from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.graph import Layers, build_graph
@@ -109,9 +108,8 @@ class Variants:
                     node = recording.nodes[number]
                     args, kwargs = node.args.fill(get)
                     written = [get(leaf) for leaf in node.writes]
-                    target = model.get_submodule(node.target) if isinstance(node.target, str) else node.target
-                    output = target(*args, **kwargs)
-                    env |= {Ref(number, i): leaf for i, leaf in enumerate(trees.leaves_of(output))}
+                    output, leaves = node.call(model, args, kwargs)
+                    env |= {Ref(number, i): leaf for i, leaf in enumerate(leaves)}
                     env |= {Ref(number, -1 - k): value for k, value in enumerate(written)}
                     env[Ref(number, None)] = output
                 args, kwargs = guard.args.fill(get)
@@ -148,5 +146,6 @@ class Variants:
         if needed:
             raise CaptureError(
                 f"to {mode} on this batch stage {stage} would need {min(needed)}, which it does not use when the model "
-                "trains as planned; expected a plan made for such a batch"
+                "trains as planned; expected a plan made for such a batch, or with the module around it called whole: "
+                f"leaf=[{min(needed).rpartition('.')[0]!r}]"
             )

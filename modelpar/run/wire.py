@@ -6,6 +6,7 @@ import copyreg
 import io
 import pickle
 from collections.abc import Mapping, Sequence
+from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -14,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from modelpar.errors import CaptureError
@@ -136,6 +138,20 @@ class _ValuePickler(pickle.Pickler):
     }
 
 
+def _parametrized(kind: type[nn.Module], names: tuple[str, ...], attributes: dict[str, Any]) -> nn.Module:
+    """Makes a module of a class some of whose tensors are computed from others, as torch does."""
+    module = kind.__new__(kind)
+    vars(module).update(attributes)
+    parametrize._inject_new_class(module)
+    for name in names:
+        parametrize._inject_property(module, name)
+    return module
+
+
+def _context_variable(name: str, *default: Any) -> ContextVar[Any]:
+    return ContextVar(name, default=default[0]) if default else ContextVar(name)
+
+
 class _Pickler(cloudpickle.Pickler):
     """Pickles classes and functions by value where they cannot be imported, and sets tensors aside."""
 
@@ -154,6 +170,17 @@ class _Pickler(cloudpickle.Pickler):
         attributes = {name: value for name, value in vars(obj).items() if not name.startswith("_")}
         form = (tuple(obj.shape), obj.stride(), _DTYPES[obj.dtype]) if obj.is_meta else None
         return self.index[id(obj)], type(obj), obj.requires_grad, form, attributes
+
+    def reducer_override(self, obj: Any) -> Any:
+        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
+            (kind,) = type(obj).__bases__  # what it was before torch gave it a class of its own
+            return _parametrized, (kind, tuple(obj.parametrizations), vars(obj))
+        if isinstance(obj, ContextVar):  # as no context has set it
+            try:
+                return _context_variable, (obj.name, Context().run(obj.get))
+            except LookupError:
+                return _context_variable, (obj.name,)
+        return super().reducer_override(obj)
 
 
 class _Unpickler(pickle.Unpickler):

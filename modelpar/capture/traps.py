@@ -1,0 +1,101 @@
+"""What a tape cannot follow: Trap, and how to tell the functions that make the code depend on the data."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modelpar.capture import trees
+
+SCALARS = (bool, int, float, complex, str, bytes, type(None))
+
+# fmt: off
+DESCRIBES = frozenset((
+    "shape", "dtype", "device", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized",
+    "is_nested", "is_mkldnn", "is_mps", "is_xpu", "requires_grad", "grad_fn", "is_leaf", "itemsize", "nbytes",
+    "names", "size", "dim", "ndimension", "numel", "nelement", "stride", "storage_offset", "element_size",
+    "is_contiguous", "is_floating_point", "is_complex", "is_signed", "is_same_size", "get_device", "type", "len",
+    "hash", "is_inference", "has_names", "is_pinned", "is_shared", "result_type", "promote_types", "can_cast",
+    "is_tensor", "is_conj", "is_neg", "is_storage", "output_nr", "version", "retains_grad", "is_coalesced",
+    "dense_dim", "sparse_dim", "dir", "repr", "str", "format",
+))
+"""Functions that tell how a tensor is made, not what is in it."""
+
+_SHAPED_BY_VALUES = frozenset((
+    "nonzero", "masked_select", "unique", "unique_consecutive", "unique_dim", "argwhere", "bincount",
+    "repeat_interleave", "to_sparse",
+))
+"""Functions that return as many values as the data say."""
+# fmt: on
+
+_OWN = ("torch", "modelpar")
+
+
+class Trap(Exception):
+    """Reports code that cannot be followed, and the module that it belongs to: "" is the model itself."""
+
+    def __init__(self, module: str, line: str, what: str):
+        super().__init__(f"{what} ({line})" if line else what)
+        self.module, self.line, self.what = module, line, what
+
+
+def takes_shape_from_values(name: str, args: Any, kwargs: Any) -> bool:
+    """Tells whether a call of a function returns as many values as the data say."""
+    if name in _SHAPED_BY_VALUES:
+        if name == "repeat_interleave":
+            repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0] if args else None)
+            return isinstance(repeats, Tensor) and "output_size" not in kwargs
+        return True
+    if name == "where":
+        return len(args) + len(kwargs) == 1
+    if name == "tensor_split":
+        return any(isinstance(leaf, Tensor) for leaf in trees.leaves_of((args[1:], kwargs)))
+    if name == "getitem":
+        index = args[1] if isinstance(args[1], tuple) else (args[1],)
+        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.dim() for i in index)
+    return False
+
+
+def is_plain(value: Any) -> bool:
+    """Tells whether a value is a number, a string or None, or a list or tuple of these."""
+    if isinstance(value, (list, tuple)):
+        return all(map(is_plain, value))
+    return isinstance(value, SCALARS)
+
+
+def attributes_of(model: nn.Module, leaves: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """Returns the plain attributes, and the identity of tensors, of all modules that are not inside leaves."""
+    found = {}
+    for name, module in model.named_modules():
+        if any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves):
+            continue
+        own = {key: value for key, value in vars(module).items() if isinstance(value, SCALARS)}
+        tensors = {**module._parameters, **module._buffers}
+        tensors |= {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
+        found[name] = own | {key: id(value) for key, value in tensors.items()}
+    return found
+
+
+def changed_attribute(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
+    """Returns a module and the attribute of it that is not as it was, if there is one."""
+    missing = object()
+    for module, values in before.items():
+        for name in values.keys() | after[module].keys():
+            if values.get(name, missing) != after[module].get(name, missing):
+                return module, name
+    return None
+
+
+def code_line() -> str:
+    """Returns where the model's code is: the innermost frame that is neither torch's nor modelpar's."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if module.split(".")[0] not in _OWN or module.startswith("modelpar.models"):
+            return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""
