@@ -45,7 +45,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """Runs the sections asked for; returns the exit code."""
     arguments = _parser().parse_args(words)
     signal.signal(signal.SIGTERM, _interrupt)
-    options = Options(arguments.quick, arguments.rounds, perf_counter())
+    options = Options(arguments.quick, arguments.rounds, tuple(arguments.case or ()), perf_counter())
     parts = ["# Benchmarks", markdown.provenance()]
     try:
         for name in arguments.only or [name for name in SECTIONS if not (options.quick and name in NOT_QUICK)]:
@@ -73,6 +73,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--only", nargs="+", choices=SECTIONS, metavar="SECTION", help=f"some of: {', '.join(SECTIONS)}"
+    )
+    parser.add_argument(
+        "--case", nargs="+", metavar="MODEL,STAGES,M", help="of the steps section, only these rows, such as gpt,2,8"
     )
     parser.add_argument("--output", type=Path, metavar="FILE", help="where the Markdown goes (default: printed)")
     parser.add_argument("--rounds", type=_positive, metavar="N", help="undisturbed rounds per case (default: 30)")

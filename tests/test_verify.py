@@ -116,7 +116,9 @@ def test_a_tied_gradient_that_is_lost_is_found(threads, monkeypatch):
 def test_another_dropout_mask_is_found(threads, monkeypatch):
     real = stage_runner.KeyedRandom.microbatch
     monkeypatch.setattr(
-        stage_runner.KeyedRandom, "microbatch", lambda random, step, i: real(random, step, 7 if i == 2 else i)
+        stage_runner.KeyedRandom,
+        "microbatch",
+        lambda random, step, i, *calls: real(random, step, 7 if i == 2 else i, *calls),
     )
     found = failures(verified(Residual(), workers=threads))
     assert ", unsplit " in found["loss, step 0, 10 samples"]

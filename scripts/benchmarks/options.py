@@ -15,6 +15,8 @@ class Options:
     quick: bool = False
     wanted_rounds: int | None = None
     """Overrides every section's own number of rounds."""
+    cases: tuple[str, ...] = ()
+    """Rows of the steps section to measure, "gpt,2,8"; all where there are none."""
     begun: float = 0.0
     """When the benchmark began, by perf_counter."""
 

@@ -56,7 +56,7 @@ def cases(quick: bool) -> list[Case]:
 def run(options: Options) -> str:
     """Measures all cases; returns their tables."""
     measured = []
-    chosen = cases(options.quick)
+    chosen = [case for case in cases(options.quick) if not options.cases or _name(case, ",") in options.cases]
     for num_stages in dict.fromkeys(case.num_stages for case in chosen):
         with Fleet(num_stages, unsplit=not options.quick or num_stages == 2) as fleet:
             for case in chosen:
@@ -110,8 +110,8 @@ def _ratio_table(measured: list[Measured], num_cores: int) -> str:
     return "Ratios of step times, within a round\n\n" + table(head, rows)
 
 
-def _name(case: Case) -> str:
-    return f"{case.model}, {case.num_stages}, {case.num_microbatches}"
+def _name(case: Case, separator: str = ", ") -> str:
+    return separator.join((case.model, str(case.num_stages), str(case.num_microbatches)))
 
 
 def _seconds(name: str) -> Callable[[Mapping[str, Lap]], float | None]:
