@@ -118,15 +118,17 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         num_ranks=setting.num_ranks,
         clips=subject.max_norm is not None,
         measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        slack_bytes=_slack_bytes([layers[i] for position in chosen for i in runs[position]], results),
+        slack_share=_slack_share([layers[i] for position in chosen for i in runs[position]], results),
     )
 
 
-def _slack_bytes(layers: Sequence[LayerCost], results: Sequence[SweepResult]) -> int:
-    """Returns what ranks took beyond the tensors that these layers hold; 0 where that cannot be measured."""
+def _slack_share(layers: Sequence[LayerCost], results: Sequence[SweepResult]) -> float:
+    """Returns what ranks took beyond the tensors that these layers hold, as a share of their activations; 0 where that
+    cannot be measured."""
     peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]
     held = sum(2 * layer.parameter_bytes + (layer.optimizer_bytes or 0) for layer in layers)
-    return max(0, min(peaks, default=0) - held - activation_bytes(layers, IN_FLIGHT))
+    activations = activation_bytes(layers, IN_FLIGHT)
+    return max(0.0, (min(peaks, default=0) - held) / activations - 1) if activations else 0.0
 
 
 def swept_alone(subject: Subject, setting: Setting) -> Profile:

@@ -51,11 +51,12 @@ def held(case: Case, start: int, end: int, in_flight: int, train: bool) -> int:
     costs = profile.layers[start:end]
     if not train:
         return total + max(cost.output_bytes for cost in costs)
-    kept = sum(cost.kept_bytes for cost in costs)
+    slack = 1 + profile.slack_share
+    kept = sum(round(cost.kept_bytes * slack) for cost in costs)
     for value in graph.values:
         if 0 <= value.producer < start and any(start <= consumer < end for consumer in value.consumers):
-            kept += int(value.bytes_per_sample * profile.microbatch_size)
-    return total + in_flight * kept + max(cost.temporary_bytes for cost in costs) + profile.slack_bytes
+            kept += round(value.bytes_per_sample * profile.microbatch_size * slack)
+    return total + in_flight * kept + max(round(cost.temporary_bytes * slack) for cost in costs)
 
 
 sizes = st.integers(0, 9)
@@ -89,7 +90,7 @@ def cases(draw: st.DrawFn) -> Case:
         for i in range(n)
     )
     graph = ModelGraph(tuple(layers), tuple(values), tuple(cuts), tied)
-    profile = Profile(costs, draw(st.integers(1, 2)), "measured", slack_bytes=draw(st.integers(0, 5)))
+    profile = Profile(costs, draw(st.integers(1, 2)), "measured", slack_share=draw(st.sampled_from([0.0, 0.5])))
     num_stages = draw(st.integers(1, len(cuts) + 1))
     speeds = draw(st.sampled_from([(), tuple([1.0, 2.0, 0.5, 1.0] * 2)[:num_stages]]))
     memory = tuple(draw(st.one_of(st.integers(20, 400), st.none())) for _ in range(num_stages))

@@ -80,7 +80,7 @@ def test_a_process_is_told_the_same_and_finds_its_slack(empty_cache, shared_work
         Objective(blocks(), F.cross_entropy), BATCH, workers=workers, num_threads=1, num_microbatches=2
     ).profile
     assert found.source == "measured"
-    assert 0 <= found.slack_bytes < 100e6
+    assert 0 <= found.slack_share < 1000
     assert {cost.optimizer_bytes for cost in found.layers} == {0}  # there is no optimizer
 
 
@@ -203,7 +203,7 @@ def test_a_saved_profile_is_used_and_one_that_does_not_fit_refused(tmp_path):
         Profile.load(tmp_path / "none.json")
 
 
-@pytest.mark.parametrize("named", [{}, {"slack_bytes": 7, "num_ranks": 3}])
+@pytest.mark.parametrize("named", [{}, {"slack_share": 0.5, "num_ranks": 3}])
 def test_a_profile_survives_its_file(tmp_path, named):
     profile = replace(plan(Objective(blocks(), F.cross_entropy), BATCH, profile="flops").profile, **named)
     profile.save(tmp_path / "p.json")

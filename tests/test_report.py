@@ -165,8 +165,8 @@ def test_stage_memory_is_weights_gradients_moments_buffers_and_activations_in_fl
     gpipe = stage_memory_bytes(tied_plan(schedules.gpipe(2, 4)))
     assert gpipe == (56 * 16 + 16 + 8 * 1000, 56 * 16 + 4 + 8 * 1000 + 4 * 16)
     measured = tied_plan(schedules.one_f_one_b(2, 4), optimizer_bytes=3, temporary_bytes=50)
-    slack = replace(measured, profile=replace(measured.profile, slack_bytes=100))
-    assert stage_memory_bytes(slack) == (56 * 8 + 6 + 16 + 4000 + 150, 56 * 8 + 6 + 4 + 2016 + 150)
+    slack = replace(measured, profile=replace(measured.profile, slack_share=0.5))
+    assert stage_memory_bytes(slack) == (56 * 8 + 6 + 16 + 4050 + 2025, 56 * 8 + 6 + 4 + 2066 + 1033)
     forward = stage_memory_bytes(tied_plan(schedules.fill_drain(2, 4)))
     assert forward == (56 * 4 + 16 + 64, 56 * 4 + 4 + 64)
 

@@ -63,7 +63,7 @@ class Memory:
         room = []
         for rank in homes:
             size = self.cluster.memory_of(rank % self.cluster.num_ranks)
-            room.append(NO_LIMIT if size is None else (size - self.model.slack_bytes) // int(shares[rank]))
+            room.append(NO_LIMIT if size is None else size // int(shares[rank]))
         positions = np.array([0, *self.graph.cuts, len(self.graph.layers)])
         return Limits(self.model, positions, tuple(in_flight), tuple(room)), homes
 
@@ -76,8 +76,7 @@ class Memory:
         what = f"{name} alone needs"
         if start < position:
             what = f"with {name} stage {stage}, from {self.graph.layers[limits.at[start]].name} on, needs"
-        slack = self.model.slack_bytes
-        needed, room = show_apart(num_bytes + slack, limits.room[stage] + slack)
+        needed, room = show_apart(num_bytes, limits.room[stage])
         share = " for each of its stages" if list(homes).count(homes[stage]) > 1 else ""
         most = min(limits.end, _TRY_MOST)
         fewest = self._fewest(most, max(1, num_stages // self.cluster.num_ranks))
@@ -117,8 +116,7 @@ def check_memory(plan: Plan) -> None:
     stages, homes = stage_memory_bytes(plan), plan.schedule.stage_to_rank
     for rank in range(plan.num_ranks):
         room, own = plan.cluster.memory_of(rank), [stage for stage, home in enumerate(homes) if home == rank]
-        slack = (len(own) - 1) * plan.profile.slack_bytes if plan.schedule.kind == "train" else 0
-        held = sum(stages[stage] for stage in own) - slack
+        held = sum(stages[stage] for stage in own)
         if room is not None and held > room:
             which = f"stage {own[0]}" if len(own) == 1 else f"stages {', '.join(map(str, own))}"
             layers = [plan.graph.layers[i].name for stage in own for i in plan.partition.layers(stage)]

@@ -38,7 +38,6 @@ class MemoryModel:
     """At each position: what the layer there takes from the one before it, for one micro-batch."""
     shared_activations: Overlaps
     temporary: Maxima
-    slack_bytes: int
 
     @classmethod
     def of(cls, graph: ModelGraph, profile: Profile, kind: str = "train") -> MemoryModel:
@@ -60,18 +59,19 @@ class MemoryModel:
                     pairs.append((before, i, min(held, there)))
                 seen[name] = i, held
         kept, entering, gaps = np.zeros(n, dtype=np.int64), np.zeros(n + 1, dtype=np.int64), []
+        slack = 1.0 + profile.slack_share
         if train:
-            kept += [cost.kept_bytes for cost in costs]
+            kept += [round(cost.kept_bytes * slack) for cost in costs]
             for value in graph.values:
                 ends = [value.producer, *(c for c in value.consumers if c != BATCH)]
-                size = round(value.bytes_per_sample * profile.microbatch_size)
+                size = round(value.bytes_per_sample * profile.microbatch_size * slack)
                 for before, after in itertools.pairwise(ends if value.producer != BATCH else []):
                     if after == before + 1:
                         entering[after] += size
                     else:
                         kept[after] += size
                         gaps.append((before, after, size))
-        temporary = [cost.temporary_bytes if train else cost.output_bytes for cost in costs]
+        temporary = [round(cost.temporary_bytes * slack) if train else cost.output_bytes for cost in costs]
         return cls(
             weights=_before(weights),
             shared_weights=Overlaps.of(pairs),
@@ -79,11 +79,10 @@ class MemoryModel:
             entering=entering,
             shared_activations=Overlaps.of(gaps),
             temporary=Maxima.of(np.array(temporary, dtype=np.int64)),
-            slack_bytes=profile.slack_bytes if train else 0,
         )
 
     def bytes(self, start: Ints | int, end: Ints | int, in_flight: int) -> Ints:
-        """Returns what layers[start:end] hold at their peak as one stage, slack left out; takes arrays."""
+        """Returns what layers[start:end] hold at their peak as one stage; takes arrays."""
         fixed = self.weights[end] - self.weights[start] - self.shared_weights.within(start, end)
         flying = self.activations[end] - self.activations[start] + self.entering[start]
         flying = flying - self.shared_activations.within(start, end)
@@ -104,17 +103,15 @@ def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
         optimizer     as measured; unmeasured, 2 moments per trainable parameter
         activations   in-flight micro-batches × (value received + Σ kept_bytes of its layers)
                       + the largest temporary_bytes of one layer
-        slack         `profile.slack_bytes`, found by running all layers in a process of their own
+        slack         `profile.slack_share` of the activations, found by running all layers in a process of their own
 
-    Activations are of micro-batches of `profile.microbatch_size` samples. The slack is much the same for all stages of
-    a model: it is mostly freed memory, in pieces that the next tensors do not fit into. Messages that wait in a mailbox
-    are not counted, nor is the framework itself.
+    Activations are of micro-batches of `profile.microbatch_size` samples. The slack is mostly freed memory, in pieces
+    that the next tensors do not fit into. Messages that wait in a mailbox are not counted, nor is the framework itself.
     """
     model = MemoryModel.of(plan.graph, plan.profile, plan.schedule.kind)
     in_flight, bounds = peak_microbatches_per_stage(plan.schedule), plan.partition.bounds
     return tuple(
-        int(model.bytes(start, end, count)) + model.slack_bytes
-        for start, end, count in zip(bounds, bounds[1:], in_flight, strict=False)
+        int(model.bytes(start, end, count)) for start, end, count in zip(bounds, bounds[1:], in_flight, strict=False)
     )
 
 

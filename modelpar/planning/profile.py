@@ -72,9 +72,9 @@ class Profile:
     """Whether gradients were clipped while it was measured."""
     measured_at: str = ""
     """ISO 8601, empty where nothing was measured."""
-    slack_bytes: int = 0
-    """What a process takes beyond the tensors that are alive: what the allocator cannot use again, and what operators
-    need inside themselves."""
+    slack_share: float = 0.0
+    """What a process takes beyond the tensors that are alive, as a share of its activations: what the allocator cannot
+    use again, and what operators need inside themselves."""
     link: Link | None = None
     """What a message costs between such ranks; None where that was not measured."""
 
@@ -103,7 +103,7 @@ class Profile:
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Profile:
         """Reads what `to_json` wrote, or an earlier version did."""
-        fields = {key: value for key, value in data.items() if key != "schema_version"}
+        fields = {key: value for key, value in data.items() if key not in ("schema_version", "slack_bytes")}
         link = fields.pop("link", None)
         layers = tuple(LayerCost(**layer) for layer in fields.pop("layers"))
         return cls(layers=layers, link=None if link is None else Link.from_json(link), **fields)
