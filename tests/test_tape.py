@@ -265,6 +265,31 @@ def test_micro_batches_on_either_side_of_a_guard_each_have_their_recording(worke
         assert torch.equal(pipeline.predict(inputs), expected)
 
 
+def test_guards_do_not_write_to_the_batch_nor_build_the_model_again():
+    def writes(self, x):
+        x -= 1
+        return self.second(self.first(x) if (x > 0).all() else x * 2)
+
+    built = []
+
+    def factory():
+        built.append(Layers(writes))
+        return built[-1]
+
+    inputs, targets = torch.rand(4, 8) + 1, torch.zeros(4, dtype=torch.long)
+    before, objective = inputs.clone(), Objective(factory, F.cross_entropy)
+    plan = make_plan(objective, (inputs, targets), 2, 2)
+    with (
+        Workers(2, transport="threads") as workers,
+        Pipeline(objective, plan, workers=workers, optimizer=partial(torch.optim.SGD, lr=0.0)) as pipeline,
+    ):
+        first = pipeline.step((inputs, targets)).loss
+        made = len(built)
+        assert [pipeline.step((inputs, targets)).loss for _ in range(3)] == [first] * 3
+    assert len(built) == made
+    assert torch.equal(inputs, before)
+
+
 def test_a_received_value_is_copied_before_it_is_written_to():
     def writes(self, x):
         y = self.first(x)

@@ -19,7 +19,7 @@ from modelpar.capture.capture import leaf_names, record
 from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective
-from modelpar.capture.recording import Recording, Ref, State, signature
+from modelpar.capture.recording import Recording, Ref, signature
 from modelpar.errors import CaptureError
 from modelpar.planning.graph import BATCH, ModelGraph, StageGraph
 from modelpar.planning.plan import Plan
@@ -61,12 +61,13 @@ class Variants:
         if self._given is not None and self._given.signature == self._signature(mode, microbatch):
             recording, self._given = self._given, None
             if self._holds(recording, microbatch):
-                return self._split(recording, mode)
-        leaves = frozenset(name for layer in self._plan.graph.layers for name in layer.modules)
-        return self._split(record(self._objective, microbatch, self._build(), leaves, mode, may_close=False), mode)
+                return self._split(recording, mode, self._build())
+        leaves, model = frozenset(name for layer in self._plan.graph.layers for name in layer.modules), self._build()
+        recording = record(self._objective, microbatch, model, leaves, mode, may_close=False)
+        return self._split(recording, mode, model)
 
-    def _split(self, recording: Recording, mode: str) -> Variant:
-        plan, model = self._plan, self._build()
+    def _split(self, recording: Recording, mode: str, model: nn.Module) -> Variant:
+        plan = self._plan
         graph = build_graph(recording, model)
         if mode == "train" and not self._checked:
             plan.check_model(graph)
@@ -92,12 +93,13 @@ class Variants:
         if not recording.guards:
             return True
         values = leaf_names(*microbatch)
-        model = self._build()
+        numbers = recording.needed(tuple(ref for guard in recording.guards for ref in guard.args.refs))
+        calls_modules = any(recording.nodes[number].is_module for number in numbers)
+        model = self._build() if calls_modules else nn.Module()  # a factory may take long
+        if any(recording.nodes[number].writes for number in numbers):  # not to the batch itself
+            values = {name: value.clone() for name, value in values.items()}
         env: dict[Ref, Any] = {Ref(BATCH, i): values[name] for i, name in enumerate(recording.batch)}
-
-        def get(leaf: Any) -> Any:
-            return model.get_parameter(leaf.name) if isinstance(leaf, State) else env[leaf]
-
+        get = env.__getitem__  # guards depend on the batch alone
         done: set[int] = set()
         with torch.no_grad():
             for guard in recording.guards:
