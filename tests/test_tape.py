@@ -265,6 +265,25 @@ def test_micro_batches_on_either_side_of_a_guard_each_have_their_recording(worke
         assert torch.equal(pipeline.predict(inputs), expected)
 
 
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_a_branch_may_leave_out_all_layers_of_a_stage(workers, num_ranks):
+    class Skips(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(num_ranks)])
+
+        def forward(self, x):
+            for layer in self.layers[:-1] if (x > 0).all() else self.layers[:0]:
+                x = layer(x).tanh()
+            return self.layers[-1](x)
+
+    torch.manual_seed(0)
+    inputs, targets = torch.rand(8, 8), torch.randint(8, (8,))
+    inputs[4:] -= 2
+    decided = check_equal(workers, Skips(), F.cross_entropy, [(inputs, targets)] * 2, num_ranks=num_ranks)
+    assert decided.num_stages == num_ranks
+
+
 def test_guards_do_not_write_to_the_batch_nor_build_the_model_again():
     def writes(self, x):
         x -= 1

@@ -177,7 +177,7 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
     }
     calls = {"before": Counter[str](), "here": Counter[str](), "behind": Counter[str]()}
     for number, node in enumerate(nodes):
-        place = "here" if number in numbers else "before" if number < min(numbers) else "behind"
+        place = "here" if number in numbers else "before" if number < min(numbers, default=0) else "behind"
         calls[place].update(dict(node.calls))
     draws = frozenset(name for number in ordered for name in nodes[number].draws if name)
     touched = {ref for number in ordered for ref in nodes[number].touches}
