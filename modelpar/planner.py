@@ -19,8 +19,8 @@ from modelpar.errors import ConfigError, PartitionError
 from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
 from modelpar.planning.cluster import UNKNOWN, Cluster, Link
-from modelpar.planning.fitting import check_memory
-from modelpar.planning.partitioners import Partitioner, with_schedule
+from modelpar.planning.decide import check_counts, decide
+from modelpar.planning.partitioners import Partitioner
 from modelpar.planning.plan import Plan, ScheduleGenerator
 from modelpar.planning.profile import Profile
 from modelpar.planning.simulate import predict, prediction
@@ -76,10 +76,7 @@ def plan(
     Raises ConfigError, CaptureError, PartitionError or ScheduleError for what cannot work, before it starts anything.
     """
     num_ranks = _num_ranks(num_ranks, cluster)
-    if num_ranks < 1 or num_microbatches < 1:
-        raise ConfigError(
-            f"num_ranks is {num_ranks} and num_microbatches {num_microbatches}; expected at least 1 of both"
-        )
+    check_counts(num_ranks, num_microbatches)
     if num_threads is not None and num_threads < 1:
         raise ConfigError(f"num_threads is {num_threads}; expected at least 1")
     num_threads = num_threads or max(1, (os.cpu_count() or 1) // num_ranks)
@@ -103,21 +100,9 @@ def plan(
     def decided(profile: Profile) -> Plan:
         known = link or (described.link if described.link is not UNKNOWN else profile.link)
         cluster = replace(described, link=known or UNMEASURED_LINKS[transport])
-        found = Plan(
-            graph=graph,
-            profile=profile,
-            cluster=cluster,
-            partition=split(graph, profile, cluster, order.num_stages),
-            schedule=order,
-            generator=schedule,
-            num_threads=num_threads,
-            tied=tied,
-            captured=(objective.model, captured.recording),
-        )
-        check_memory(found)
-        return found
+        more = {"num_threads": num_threads, "tied": tied, "captured": (objective.model, captured.recording)}
+        return decide(graph, profile, cluster, partitioner, order, schedule, **more)
 
-    split = with_schedule(partitioner, lambda ranks: order if ranks == num_ranks else schedule(ranks, num_microbatches))
     try:  # finds out what cannot work, before anything is started
         decided(count.profile if profile == "flops" else _without_optimizer(count.profile))
     except PartitionError:

@@ -54,10 +54,14 @@ class Subject:
         return self.captured.graph
 
     @property
+    def bounds(self) -> tuple[int, ...]:
+        """Where the runs of layers begin that no partition tears apart, and where the last one ends."""
+        return (0, *self.graph.cuts, len(self.graph.layers))
+
+    @property
     def runs(self) -> tuple[range, ...]:
-        """The layers between legal cuts, which no partition tears apart."""
-        edges = (0, *self.graph.cuts, len(self.graph.layers))
-        return tuple(range(start, end) for start, end in pairwise(edges))
+        """The layers between legal cuts."""
+        return tuple(range(start, end) for start, end in pairwise(self.bounds))
 
     def key(self) -> dict[str, Any]:
         """Returns, as plain data, what the times depend on besides the setting."""
@@ -140,8 +144,7 @@ def swept_alone(subject: Subject, setting: Setting) -> Profile:
 def _routines(subject: Subject) -> list[Routine]:
     """Returns the runs of layers as stages' routines."""
     layers = Layers(subject.captured.recording)
-    bounds = (*(run.start for run in subject.runs), len(subject.graph.layers))
-    return [cut_routine(layers.recording, bounds, position, layers) for position in range(len(subject.runs))]
+    return [cut_routine(layers.recording, subject.bounds, p, layers) for p in range(len(subject.runs))]
 
 
 def _choose(
@@ -179,10 +182,8 @@ def _choose(
 
 def _program(subject: Subject, routines: list[Routine], position: int) -> StageProgram:
     """Returns a run of layers as a stage."""
-    runs = subject.runs
-    bounds = (*(run.start for run in runs), len(subject.graph.layers))
-    stages = subject.graph.stages(bounds)
-    program = cut_stage(subject.model, subject.graph, stages, runs[position], position, subject.objective.loss)
+    stages, run = subject.graph.stages(subject.bounds), subject.runs[position]
+    program = cut_stage(subject.model, subject.graph, stages, run, position, subject.objective.loss)
     return replace(program, routines={0: routines[position]})
 
 

@@ -6,10 +6,8 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from modelpar.config import cluster_of, make
-from modelpar.errors import ConfigError
 from modelpar.planning.cluster import UNKNOWN
-from modelpar.planning.fitting import check_memory
-from modelpar.planning.partitioners import with_schedule
+from modelpar.planning.decide import check_counts, decide
 from modelpar.planning.pipedream import read_pipedream
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
@@ -45,22 +43,9 @@ def _of_model(config: DictConfig) -> Plan:
 def _of_profile(config: DictConfig) -> Plan:
     """Plans a pipeline of the layers of a profile; needs no torch."""
     num_ranks, num_microbatches = config.pipeline.num_ranks, config.pipeline.num_microbatches
-    if num_ranks < 1 or num_microbatches < 1:
-        raise ConfigError(
-            f"num_ranks is {num_ranks} and num_microbatches {num_microbatches}; expected at least 1 of both"
-        )
+    check_counts(num_ranks, num_microbatches)
     graph, profile = read_pipedream(config.profile)
     cluster = cluster_of(config, config.pipeline.devices or ())
     generator = make(config.schedule, "schedule")
     order = generator(num_ranks, num_microbatches)
-    partitioner = with_schedule(make(config.partition, "partition"), lambda ranks: generator(ranks, num_microbatches))
-    plan = Plan(
-        graph=graph,
-        profile=profile,
-        cluster=cluster,
-        partition=partitioner(graph, profile, cluster, order.num_stages),
-        schedule=order,
-        generator=generator,
-    )
-    check_memory(plan)
-    return plan
+    return decide(graph, profile, cluster, make(config.partition, "partition"), order, generator)

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.capture import trees
-from modelpar.capture.capture import in_mode
 from modelpar.capture.objective import (
     Batch,
     LossResult,
     Objective,
     batch_size,
+    in_mode,
     loss_of,
     microbatch_sizes,
     run,

@@ -16,7 +16,7 @@ from modelpar.capture import trees
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
-from modelpar.capture.objective import Batch, Objective, batch_size, loss_of, own_loss, run
+from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
@@ -26,8 +26,6 @@ from modelpar.capture.traps import Trap
 from modelpar.capture.watch import generator_states, has_drawn, set_generator_states
 from modelpar.errors import CaptureError, describe
 from modelpar.planning.graph import ModelGraph
-
-MODES = ("train", "evaluate", "predict")
 
 
 @dataclass(frozen=True)
@@ -87,16 +85,14 @@ def record(
     """
     retried = False
     with (
-        untouched(model),
+        untouched(model) as restore,
         streamed(model),
         in_mode(model, mode),
         torch.inference_mode(False),
         torch.set_grad_enabled(mode == "train"),
     ):
-        states = generator_states()
-        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         while True:
-            set_generator_states(states)
+            restore()
             try:
                 recording, output, targets = _record(objective, microbatch, model, leaves, mode)
                 break
@@ -119,19 +115,11 @@ def record(
             _loss(objective, output, targets, recording.num_samples)
             if has_drawn(before):
                 raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
-        plain = _again(model, states, buffers, lambda: _counting(objective, mode, run(model, _copy(microbatch[0]))))
-        replayed = _again(model, states, buffers, lambda: _replay(recording, model, microbatch))
-        _check_same(replayed, plain)
+        restore()
+        plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
+        restore()
+        _check_same(_replay(recording, model, microbatch), plain)
     return recording
-
-
-def _again(model: nn.Module, states: list[Tensor], buffers: dict[str, Tensor], call: Callable[[], Any]) -> Any:
-    """Calls something with the generators and buffers as they were before the forward."""
-    set_generator_states(states)
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name])
-    return call()
 
 
 def _record(
@@ -262,33 +250,25 @@ def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> 
 
 
 @contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Restores buffers, gradients and random generators on leaving."""
+def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
+    """Restores buffers, gradients and random generators on leaving; yields what restores the first and last before."""
     buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
     grads = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter, _ in grads:
         parameter.grad = None
     with torch.random.fork_rng():
-        try:
-            yield
-        finally:
+        states = generator_states()
+
+        def restore() -> None:
+            set_generator_states(states)
             with torch.no_grad():
                 for name, buffer in model.named_buffers():
                     if name in buffers:
                         buffer.copy_(buffers[name])
+
+        try:
+            yield restore
+        finally:
+            restore()
             for parameter, grad in grads:
                 parameter.grad = grad
-
-
-@contextmanager
-def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Puts all modules into eval mode unless the model is to train, and back."""
-    before = [(module, module.training) for module in model.modules()]
-    if mode != "train":
-        for module, _ in before:
-            module.training = False
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training

@@ -11,8 +11,8 @@ from typing import Any
 from torch import nn
 
 from modelpar.capture.graph import Layers, first_names
-from modelpar.capture.recording import PLACEHOLDER, Node, Recording, Ref, Template
-from modelpar.planning.graph import ModelGraph, StageGraph
+from modelpar.capture.recording import PLACEHOLDER, Guard, Node, Recording, Ref, Template
+from modelpar.planning.graph import BATCH, ModelGraph, StageGraph
 
 
 @dataclass(frozen=True)
@@ -192,6 +192,23 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
         held=recording.held,
         draws=draws,
         calls={n: (calls["before"][n], calls["here"][n]) for n in draws if calls["before"][n] or calls["behind"][n]},
+    )
+
+
+def cut_guard(recording: Recording, guard: Guard) -> Routine:
+    """Returns what gives a guard's arguments: the free nodes they depend on, and what these take of the batch."""
+    numbers, refs = recording.needed(guard.args.refs), guard.args.refs
+    taken = (*(ref for number in numbers for ref in recording.nodes[number].takes), *refs)
+    takes = {recording.batch[ref.index]: ref for ref in taken if ref.node == BATCH and ref.index is not None}
+    touched = {ref for number in numbers for ref in recording.nodes[number].touches}
+    return Routine(
+        steps=_steps(recording, numbers, set(refs)),
+        takes=takes,
+        gives={},
+        needs_grad=frozenset(),
+        cloned=frozenset(name for name, ref in takes.items() if ref in touched),
+        output=guard.args,
+        targets=None,
     )
 
 

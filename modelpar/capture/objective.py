@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,6 +111,20 @@ def run(model: nn.Module, inputs: Any) -> Any:
     for layer in others:
         value = layer(value)  # type: ignore[misc]
     return value
+
+
+@contextmanager
+def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
+    """Puts all modules into eval mode unless the model is to train, and back."""
+    before = [(module, module.training) for module in model.modules()]
+    if mode != "train":
+        for module, _ in before:
+            module.training = False
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
 
 
 def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, num_samples: int) -> LossResult:

@@ -77,12 +77,6 @@ class Template:
     leaves: tuple[Any, ...]
     spec: trees.Spec
 
-    @classmethod
-    def of(cls, tree: Any) -> Template:
-        """Returns the template of a tree whose leaves are what they should be already."""
-        leaves, spec = trees.flatten(tree)
-        return cls(tuple(leaves), spec)
-
     @property
     def refs(self) -> tuple[Ref, ...]:
         """The values it takes."""
@@ -97,13 +91,6 @@ class Template:
     def held(self) -> tuple[Held, ...]:
         """The objects it takes."""
         return tuple(leaf for leaf in self.leaves if type(leaf) is Held)
-
-    def fill(self, get: Callable[[Any], Any]) -> Any:
-        """Returns the tree with every Ref, State and Held replaced by what `get` returns for it."""
-        return trees.unflatten([get(leaf) if type(leaf) in _OPEN else leaf for leaf in self.leaves], self.spec)
-
-
-_OPEN = frozenset((Ref, State, Held))
 
 
 class Attribute(NamedTuple):
@@ -253,7 +240,6 @@ class Recording:
     """What the loss is given, or the model's own loss, or what is predicted."""
     batch: tuple[str, ...]
     """Names of the batch's leaves: "inputs", "inputs.ids", "targets", …"""
-    batch_bytes: tuple[int, ...]
     num_samples: int
     targets: Template | None = None
     """What the loss takes besides the output; None for a model that has its own."""

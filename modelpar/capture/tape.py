@@ -113,7 +113,6 @@ class Tape:
             output=taken,
             targets=None if targets is None else self._template(targets, ""),
             batch=tuple(batch),
-            batch_bytes=tuple(t.numel() * t.element_size() for t in batch.values()),
             num_samples=num_samples,
             guards=tuple(self.guards),
             held=tuple(self._held.snapshots),

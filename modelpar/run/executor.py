@@ -8,8 +8,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modelpar.capture.cut import Routine
+from modelpar.capture.objective import in_mode
 from modelpar.errors import RunError
 from modelpar.planning.graph import BATCH, StageGraph, Value
 from modelpar.planning.plan import Plan
@@ -62,7 +62,9 @@ class Executor:
         elif context.mode == "locate":
             reply = self._locate(context)
         else:
-            with self._evaluating():
+            with ExitStack() as modes:
+                for runner in self._runners.values():
+                    modes.enter_context(in_mode(runner.program.module, "evaluate"))
                 self._walk(context)
             reply = self._losses(context)
         self._exchange.end()
@@ -204,17 +206,6 @@ class Executor:
         for runner in self._runners.values():
             runner.undo()
         return {"nonfinite": found}
-
-    @contextmanager
-    def _evaluating(self) -> Iterator[None]:
-        modes = [(m, m.training) for runner in self._runners.values() for m in runner.program.module.modules()]
-        for module, _ in modes:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
     def _peak_bytes(self, context: RunContext) -> int:
         """Returns the measured peak, or else counts tensors: weights, gradients, optimizer, activations in flight."""

@@ -16,12 +16,13 @@ import torch
 from torch import nn
 
 from modelpar.capture.capture import leaf_names, record
-from modelpar.capture.cut import Routine, cut_routine
+from modelpar.capture.cut import Routine, cut_guard, cut_routine, skeleton
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective
-from modelpar.capture.recording import Recording, Ref, signature
+from modelpar.capture.recording import Guard, Recording, signature
+from modelpar.capture.replay import Replay
 from modelpar.errors import CaptureError
-from modelpar.planning.graph import BATCH, ModelGraph, StageGraph
+from modelpar.planning.graph import ModelGraph, StageGraph
 from modelpar.planning.plan import Plan
 
 
@@ -34,13 +35,20 @@ class Variant(NamedTuple):
     """One per stage."""
 
 
+class _Watched(NamedTuple):
+    """A guard, and what gives its arguments."""
+
+    guard: Guard
+    replay: Replay
+
+
 class Variants:
     """All recordings of an objective's model so far."""
 
     def __init__(self, objective: Objective, plan: Plan, build: Callable[[], nn.Module]):
         """`build` returns the unsplit model; it is called only when there is something to record."""
         self._objective, self._plan, self._build = objective, plan, build
-        self._known: defaultdict[Any, list[tuple[Recording, Variant]]] = defaultdict(list)
+        self._known: defaultdict[Any, list[tuple[list[_Watched], Variant]]] = defaultdict(list)
         self._count = 0
         self._checked = False
         made_from, recording = plan.captured or (None, None)
@@ -48,9 +56,10 @@ class Variants:
         """What the plan was made from, not looked at yet."""
 
     def find(self, mode: str, microbatch: Batch) -> Variant | None:
-        """Returns the variant that a micro-batch replays, if it is known; `mode` is one of capture.MODES."""
+        """Returns the variant that a micro-batch replays, if it is known; `mode` is "train", "evaluate" or
+        "predict"."""
         known = self._known.get(self._signature(mode, microbatch), [])
-        return next((variant for recording, variant in known if self._holds(recording, microbatch)), None)
+        return next((variant for guards, variant in known if _hold(guards, microbatch)), None)
 
     def add(self, mode: str, microbatch: Batch) -> Variant:
         """Records what the model does with a micro-batch.
@@ -58,11 +67,12 @@ class Variants:
         Raises PlanMismatch where the plan was made for another model, and CaptureError where the model cannot be
         recorded, or does its work in an order that does not fit the stages.
         """
+        model = self._build()
         if self._given is not None and self._given.signature == self._signature(mode, microbatch):
             recording, self._given = self._given, None
-            if self._holds(recording, microbatch):
-                return self._split(recording, mode, self._build())
-        leaves, model = frozenset(name for layer in self._plan.graph.layers for name in layer.modules), self._build()
+            if _hold(_watched(recording, model), microbatch):
+                return self._split(recording, mode, model)
+        leaves = frozenset(name for layer in self._plan.graph.layers for name in layer.modules)
         recording = record(self._objective, microbatch, model, leaves, mode, may_close=False)
         return self._split(recording, mode, model)
 
@@ -80,44 +90,13 @@ class Variants:
             self._check_has(stage, routine, mode)
         variant = Variant(self._count, stages, routines)
         self._count += 1
-        self._known[recording.signature].append((recording, variant))
+        self._known[recording.signature].append((_watched(recording, model), variant))
         return variant
 
     def _signature(self, mode: str, microbatch: Batch) -> Any:
         inputs, targets = microbatch
         takes_targets = mode != "predict" and self._objective.loss is not None
         return signature(mode, inputs, targets if takes_targets else None, self._plan.graph.straight)
-
-    def _holds(self, recording: Recording, microbatch: Batch) -> bool:
-        """Tells whether the guards of a recording come out as they did when it was made."""
-        if not recording.guards:
-            return True
-        values = leaf_names(*microbatch)
-        numbers = recording.needed(tuple(ref for guard in recording.guards for ref in guard.args.refs))
-        calls_modules = any(recording.nodes[number].is_module for number in numbers)
-        model = self._build() if calls_modules else nn.Module()  # a factory may take long
-        if any(recording.nodes[number].writes for number in numbers):  # not to the batch itself
-            values = {name: value.clone() for name, value in values.items()}
-        env: dict[Ref, Any] = {Ref(BATCH, i): values[name] for i, name in enumerate(recording.batch)}
-        get = env.__getitem__  # guards depend on the batch alone
-        done: set[int] = set()
-        with torch.no_grad():
-            for guard in recording.guards:
-                for number in recording.needed(guard.args.refs):
-                    if number in done:
-                        continue
-                    done.add(number)
-                    node = recording.nodes[number]
-                    args, kwargs = node.args.fill(get)
-                    written = [get(leaf) for leaf in node.writes]
-                    output, leaves = node.call(model, args, kwargs)
-                    env |= {Ref(number, i): leaf for i, leaf in enumerate(leaves)}
-                    env |= {Ref(number, -1 - k): value for k, value in enumerate(written)}
-                    env[Ref(number, None)] = output
-                args, kwargs = guard.args.fill(get)
-                if guard.function(*args, **kwargs) != guard.outcome:
-                    return False
-        return True
 
     def _bounds(self, graph: ModelGraph, mode: str) -> tuple[int, ...]:
         """Returns where the plan's stages begin among a recording's layers, which may be others than the plan's."""
@@ -151,3 +130,26 @@ class Variants:
                 "trains as planned; expected a plan made for such a batch, or with the module around it called whole: "
                 f"leaf=[{min(needed).rpartition('.')[0]!r}]"
             )
+
+
+def _watched(recording: Recording, model: nn.Module) -> list[_Watched]:
+    """Returns a recording's guards, ready to be evaluated; of the model they keep only the modules that they call."""
+    found = []
+    for guard in recording.guards:
+        routine = cut_guard(recording, guard)
+        modules = [step.node.name for step in routine.steps if step.node.is_module]
+        found.append(_Watched(guard, Replay(routine, skeleton(model, modules, []))))
+    return found
+
+
+def _hold(guards: list[_Watched], microbatch: Batch) -> bool:
+    """Tells whether guards come out on a micro-batch as they did when they were recorded."""
+    if not guards:
+        return True
+    values = leaf_names(*microbatch)
+    with torch.no_grad():
+        for guard, replay in guards:
+            args, kwargs = replay(values)["output"]
+            if guard.function(*args, **kwargs) != guard.outcome:
+                return False
+    return True
