@@ -151,7 +151,7 @@ def memory_curves(plan: Plan, timeline: Timeline) -> tuple[tuple[tuple[float, in
 
 def _steps(now: int, changes: Sequence[tuple[float, int]]) -> tuple[tuple[float, int], ...]:
     """Returns what is held from each time on; `changes` are in order of time."""
-    points = []
+    points: list[tuple[float, int]] = []
     for time, at_once in itertools.groupby(changes, key=lambda change: change[0]):
         change = sum(num_bytes for _, num_bytes in at_once)
         now += change

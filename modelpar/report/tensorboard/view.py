@@ -9,7 +9,7 @@ import threading
 from collections.abc import Sequence
 from pathlib import Path
 
-from tensorboard import default, program
+from tensorboard import program
 
 from modelpar.errors import ConfigError
 from modelpar.report.tensorboard.names import PLUGIN
@@ -22,6 +22,8 @@ def view(paths: Sequence[str], port: int | None = None, host: str = "127.0.0.1")
     Port 0 or None picks a free one. Raises ConfigError where a path holds no event file, or the port is taken.
     """
     where = logdir_arguments(paths)
+    from tensorboard import default  # imports all of TensorBoard's plugins, which takes a second
+
     plugins = default.get_plugins()
     if PipelinePlugin not in plugins:  # modelpar was not installed, or before it had the tab
         plugins.append(PipelinePlugin)
