@@ -22,10 +22,10 @@ seconds from the start of the step, sizes bytes, shares 0 … 1; null is "not kn
       "relative": 1.0,                                  × of the fastest measured run, or of the fastest predicted one
       "predicted_seconds": 0.174, "error": -0.004,      predicted / measured − 1
       "parts": [{"name": "useful work", "seconds": 0.140}, …],   breakdown.PARTS, which add up to the makespan of
-      "parts_step": 399,                                this step, the last traced one
+      "parts_step": 399,                                this step: of the last traced ones, that of median length
       "utilization": 0.81, "bubble": 0.19,              means of the settled steps
       "ideal_bubble": 0.111,                            what the schedule has with equal stages and free messages
-      "imbalance": 1.02,                                of that last traced step
+      "imbalance": 1.02,                                of that traced step
       "peak_bytes": 52.3e6, "memory_limit": null | bytes,   of the fullest rank
       "headline": "stage 1 is on 62 % of the critical path; moving h3 to stage 0 saves 6 %"
     }
@@ -60,15 +60,17 @@ from collections.abc import Callable, Sequence
 from statistics import fmean
 from typing import Any
 
-from modelpar.errors import ModelparError
+from modelpar.errors import ModelparError, PlanError
 from modelpar.planning.analysis import analyse, without_microbatch
 from modelpar.planning.breakdown import breakdown
 from modelpar.planning.cluster import Cluster
+from modelpar.planning.explain import Explanation, explain
 from modelpar.planning.flow import Flow, flow
 from modelpar.planning.memory import memory_curves, stage_memory_bytes
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import StageCost, predict, simulate, stage_costs
 from modelpar.planning.timeline import COMPUTE, Span, Timeline
+from modelpar.report.explanation import headline, sentences
 from modelpar.report.palette import LOOKS, look, look_key
 from modelpar.report.runs import Run
 from modelpar.report.tensorboard.names import rank_names
@@ -76,6 +78,8 @@ from modelpar.report.text import stage_parameters
 from modelpar.report.trace import Trace, decode
 
 FORMAT = 1
+
+_NOT_WHOLE = "a step with fewer micro-batches than planned"
 
 Json = dict[str, Any]
 
@@ -98,11 +102,17 @@ def runs_json(
 
 
 def trace_facts(blobs: tuple[bytes, ...]) -> Json:
-    """Returns what RUN says of a run's traces, the last of which counts. Raises ConfigError where one is broken."""
+    """Returns what RUN says of a run's traces; of those given, the step of median length stands for all.
+
+    Raises ConfigError where one cannot be read.
+    """
     traces = [decode(blob) for blob in blobs]
-    trace = traces[-1]
+    found = _explain(traces)
+    explained = [trace for trace in traces if found and trace.timeline.makespan == found.makespan]
+    trace = explained[0] if explained else traces[-1]
     plan, timeline = trace.plan, trace.timeline
-    peaks = list(trace.peak_bytes) or _predicted_peaks(plan)
+    parts = found.breakdown if found else breakdown(_flow(trace, timeline))
+    peaks = list(traces[-1].peak_bytes) or _predicted_peaks(plan)
     fullest = peaks.index(max(peaks))
     return {
         "schedule": _schedule_name(trace),
@@ -114,14 +124,14 @@ def trace_facts(blobs: tuple[bytes, ...]) -> Json:
         "measured": trace.measured,
         "makespan": timeline.makespan,
         "predicted_seconds": plan.prediction.step_seconds if plan.prediction else predict(plan).makespan,
-        "parts": [{"name": name, "seconds": seconds} for name, seconds in breakdown(_flow(trace, timeline)).parts],
+        "parts": [{"name": name, "seconds": seconds} for name, seconds in parts.parts],
         "parts_step": trace.step,
         "bubble": timeline.bubble,
         "ideal_bubble": ideal_bubble(plan),
         "imbalance": analyse(timeline).imbalance,
         "peak_bytes": peaks[fullest],
         "memory_limit": plan.cluster.memory_of(fullest),
-        "headline": _explained(traces)[0],
+        "headline": headline(found) if found else _NOT_WHOLE,
     }
 
 
@@ -131,7 +141,7 @@ def trace_json(run: str, trace: Trace) -> Json:
     predicted = predict(plan)
     flowed = _flow(trace, timeline)
     shown = predicted if trace.measured else Timeline(plan.num_ranks, ())
-    headline, sentences = _explained([trace])
+    found = _explain([trace])
     names, places = rank_names(plan), _places(timeline)
     memory, predicted_memory = memory_curves(plan, timeline), memory_curves(plan, shown)
     ranks = []
@@ -162,8 +172,8 @@ def trace_json(run: str, trace: Trace) -> Json:
         "makespan": timeline.makespan,
         "predicted_makespan": predicted.makespan,
         "measured": trace.measured,
-        "headline": headline,
-        "sentences": list(sentences),
+        "headline": headline(found) if found else _NOT_WHOLE,
+        "sentences": list(sentences(found)) if found else [],
         "clock_error": getattr(timeline, "clock_error", 0.0),
         "ranks": ranks,
         "arrows": _arrows(flowed, places),
@@ -230,12 +240,12 @@ _KEYS = (
 )
 
 
-def _explained(traces: Sequence[Trace]) -> tuple[str, tuple[str, ...]]:
-    # TODO planning/explain.py: until it is there, only what the critical path says
-    trace = traces[-1]
-    found = _flow(trace, trace.timeline)
-    share, stage = max((found.critical_share(stage), -stage) for stage in range(trace.plan.num_stages))
-    return f"stage {-stage} is on {100 * share:.0f} % of the critical path", ()
+def _explain(traces: Sequence[Trace]) -> Explanation | None:
+    """Explains traces of one run; None where none is of a whole step, as that of a batch with few samples."""
+    try:
+        return explain(traces[-1].plan, [trace.timeline for trace in traces])
+    except PlanError:
+        return None
 
 
 def _schedule_name(trace: Trace) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean, median
 from typing import Any
 
@@ -27,8 +27,12 @@ _NO_TRACES = (
 )
 
 
+_Curves = Mapping[str, Mapping[str, list[tuple[int, float]]]]
+"""Per run and tag (step, value), ascending."""
+
+
 class Reader:
-    """Reads the runs of one data provider. Times and steps are read anew with each call."""
+    """Reads the runs of one data provider. Each call reads what is there by then."""
 
     def __init__(self, provider: DataProvider, context: RequestContext | None = None, experiment: str = "") -> None:
         self._provider = provider
@@ -40,15 +44,26 @@ class Reader:
 
     def runs(self) -> tuple[list[Run], list[str]]:
         """Returns all runs of modelpar, and a line for a reader about those that are not."""
-        traces = self._traces(RunTagFilter(tags=[TRACE]))
-        scalars = self._scalars()
+        traces, steps = self._traces(RunTagFilter(tags=[TRACE])), self._num_steps()
+        results = self._scalars(RunTagFilter(tags=[f"{RESULT}step_seconds", f"{RESULT}bubble"]))
+        unfinished = [run for run in traces if run in steps and not results.get(run)]
+        curves = self._scalars(RunTagFilter(runs=unfinished, tags=[STEP_SECONDS, BUBBLE])) if unfinished else {}
         runs, others = [], []
         for listed in self._provider.list_runs(**self._where):
             name = listed.run_name
             if name in traces:
-                runs.append(self._run(name, traces[name], scalars.get(name, {})))
-            elif BUBBLE in scalars.get(name, {}):
-                runs.append(Run(name, _NO_TRACES, num_steps=_num_steps(scalars[name])))
+                runs.append(
+                    Run(
+                        name,
+                        steps=tuple(traces[name]),
+                        blobs=self._last(traces[name]),
+                        num_steps=steps.get(name, 0),
+                        step_seconds=_mean(median, curves, results, name, STEP_SECONDS, f"{RESULT}step_seconds"),
+                        bubble=_mean(fmean, curves, results, name, BUBBLE, f"{RESULT}bubble"),
+                    )
+                )
+            elif name in steps:
+                runs.append(Run(name, _NO_TRACES, num_steps=steps[name]))
             else:
                 others.append(name)
         return runs, [_not_ours(others)] if others else []
@@ -64,17 +79,6 @@ class Reader:
             raise ConfigError(f"the trace of step {step} of run {run!r} is gone; it was written anew meanwhile")
         return found
 
-    def _run(self, name: str, traces: Mapping[int, str], scalars: Mapping[str, list[tuple[int, float]]]) -> Run:
-        blobs = [self._blob(key) for _, key in list(traces.items())[-_LAST:]]
-        return Run(
-            name,
-            steps=tuple(traces),
-            blobs=tuple(blob for blob in blobs if blob is not None),
-            num_steps=_num_steps(scalars),
-            step_seconds=_summary(scalars, f"{RESULT}step_seconds", STEP_SECONDS, median),
-            bubble=_summary(scalars, f"{RESULT}bubble", BUBBLE, fmean),
-        )
-
     def _traces(self, which: RunTagFilter) -> dict[str, dict[int, str]]:
         """Returns per run the traced steps, ascending, and the keys of their blobs."""
         found = self._provider.read_blob_sequences(
@@ -85,18 +89,25 @@ class Reader:
             for run, tags in found.items()
         }
 
+    def _last(self, traces: Mapping[int, str]) -> tuple[bytes, ...]:
+        blobs = (self._blob(key) for _, key in list(traces.items())[-_LAST:])
+        return tuple(blob for blob in blobs if blob is not None)
+
     def _blob(self, key: str) -> bytes | None:
         try:
             return self._provider.read_blob(ctx=self._where["ctx"], blob_key=key)
         except NotFoundError:  # what a run wrote before it went on from an earlier step is forgotten
             return None
 
-    def _scalars(self) -> dict[str, dict[str, list[tuple[int, float]]]]:
-        """Returns per run and tag (step, value), ascending."""
-        tags = [STEP_SECONDS, BUBBLE, f"{RESULT}step_seconds", f"{RESULT}bubble"]
-        found = self._provider.read_scalars(
-            **self._where, plugin_name="scalars", downsample=_ALL, run_tag_filter=RunTagFilter(tags=tags)
+    def _num_steps(self) -> dict[str, int]:
+        """Returns how many steps each run of modelpar has done; only those have a bubble."""
+        found = self._provider.list_scalars(
+            **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(tags=[BUBBLE])
         )
+        return {run: tags[BUBBLE].max_step + 1 for run, tags in found.items() if BUBBLE in tags}
+
+    def _scalars(self, which: RunTagFilter) -> _Curves:
+        found = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=_ALL, run_tag_filter=which)
         return {
             run: {tag: [(datum.step, float(datum.value)) for datum in data] for tag, data in tags.items()}
             for run, tags in found.items()
@@ -119,18 +130,16 @@ def provider_of(folders: Sequence[tuple[str | None, str]]) -> tuple[DataProvider
     return MultiplexerDataProvider(multiplexer, ""), multiplexer.RunPaths()
 
 
-def _summary(scalars: Mapping[str, list[tuple[int, float]]], result: str, curve: str, mean: Any) -> float | None:
-    """Returns what the run itself came to in the end; before that, the mean over the steps that have settled."""
-    if result in scalars:
-        return scalars[result][-1][1]
-    values = [value for _, value in scalars.get(curve, ())]
-    settled = [value for step, value in scalars.get(curve, ()) if step >= _SETTLED]
-    chosen = settled if len(values) > 2 * _SETTLED else values
-    return float(mean(chosen)) if chosen else None
-
-
-def _num_steps(scalars: Mapping[str, list[tuple[int, float]]]) -> int:
-    return max((step + 1 for step, _ in scalars.get(STEP_SECONDS, ())), default=0)
+def _mean(
+    mean: Callable[[Sequence[float]], float], curves: _Curves, results: _Curves, run: str, curve: str, result: str
+) -> float | None:
+    """Returns what a run itself came to in the end; before that, the mean over the steps that have settled."""
+    if known := results.get(run, {}).get(result):
+        return known[-1][1]
+    points = curves.get(run, {}).get(curve, [])
+    settled = [value for step, value in points if step >= _SETTLED]
+    chosen = settled if len(points) > 2 * _SETTLED else [value for _, value in points]
+    return mean(chosen) if chosen else None
 
 
 def _not_ours(names: Sequence[str]) -> str:
