@@ -49,8 +49,7 @@ class Reader:
         unfinished = [run for run in traces if run in steps and not results.get(run)]
         curves = self._scalars(RunTagFilter(runs=unfinished, tags=[STEP_SECONDS, BUBBLE])) if unfinished else {}
         runs, others = [], []
-        for listed in self._provider.list_runs(**self._where):
-            name = listed.run_name
+        for name in sorted(listed.run_name for listed in self._provider.list_runs(**self._where)):
             if name in traces:
                 runs.append(
                     Run(
