@@ -64,6 +64,11 @@ def times_best(strip: Strip, strips: Sequence[Strip]) -> float:
     return strip.step_seconds / best if best > 0 else 1.0
 
 
+def step_words(strip: Strip, strips: Sequence[Strip], sign: str = "×") -> str:
+    """Returns a plan's step time and how much that is of the best: "57.8 ms  × 1.10"."""
+    return f"{ms(strip.step_seconds)}  {sign} {times_best(strip, strips):.2f}"
+
+
 def predicted_words(strip: Strip) -> str:
     """Returns the prediction in words, with its error where there is a measured time: "52.0 ms predicted (-0.9 %)"."""
     off = strip.row.error

@@ -38,8 +38,7 @@ from modelpar.report.drawing import (
     text_width,
     wrapped,
 )
-from modelpar.report.strips import Strip, in_order, longest_seconds, predicted_words, times_best, title
-from modelpar.report.units import ms
+from modelpar.report.strips import Strip, in_order, longest_seconds, predicted_words, step_words, title
 
 # Pillow's own font has no ×, no dash, and no letters beyond Latin.
 _LINE, _BAR, _GAP, _BETWEEN = 18, 12, 5, 16
@@ -58,7 +57,7 @@ def comparison_image(strips: Sequence[Strip], width: int = 1200) -> Image.Image:
     names = [wrapped(title(strip, rows), SIZE, width - 2 * MARGIN) for strip in strips]
     numbers = [
         (
-            f"{ms(each.step_seconds)}  {times_best(each, strips)}",
+            step_words(each, strips, "x"),
             predicted_words(each) if each.measured else "predicted",
         )
         for each in strips
@@ -136,8 +135,8 @@ def _draw_bar_legend(draw: Draw, strips: Sequence[Strip], y: int) -> None:
         entries += [("full", "measured step (median)"), ("mark", "its prediction")]
     if predicted:
         entries += [("empty", "predicted step, not measured")]
-    against = ["the best measured step"] * measured + ["the best prediction"] * predicted
-    entries += [("", f"x  of {', for a prediction of '.join(against)}")] if against else []
+    best = "x  times the best measured step" if measured else "x  times the best prediction"
+    entries += [("", best + (" (a prediction: times the best prediction)" if measured and predicted else ""))]
     x = MARGIN
     for kind, words in entries:
         if kind == "mark":

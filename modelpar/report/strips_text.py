@@ -17,8 +17,7 @@ from textwrap import wrap
 from rich.text import Text
 
 from modelpar.report.boxes import axis_text, box_text, boxes_of, legend_text, numbered_kinds
-from modelpar.report.strips import Strip, in_order, longest_seconds, predicted_words, times_best, title
-from modelpar.report.units import ms
+from modelpar.report.strips import Strip, in_order, longest_seconds, predicted_words, step_words, title
 
 NARROWEST = 60
 """With fewer cells than this nothing is drawn."""
@@ -51,7 +50,7 @@ def draw_comparison(strips: Sequence[Strip], width: int) -> Text | None:
 
 def _head(name: str, strip: Strip, strips: Sequence[Strip], width: int) -> Text:
     """Returns a plan's name and numbers, on one line where both fit."""
-    numbers = f"{ms(strip.step_seconds)}  × {times_best(strip, strips):.2f}  "
+    numbers = f"{step_words(strip, strips)}  "
     numbers += predicted_words(strip) if strip.measured else "predicted"
     if len(name) + 2 + len(numbers) <= width:
         return Text.assemble((name, "bold"), numbers.rjust(width - len(name)), "\n")
