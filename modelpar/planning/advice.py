@@ -130,7 +130,7 @@ def _other_counts(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
     if size % 2 == 0:
         count = 2 * number
         change = f"{count} micro-batches instead of {number}"
-        caveat = f"if {size // 2} samples compute as fast, each, as {size} do"
+        caveat = f"if each sample takes as long in a micro-batch of {size // 2} as in one of {size}"
         advice = Advice("schedule bubble", change, 0.0, f"pipeline.num_microbatches={count}", caveat)
         yield advice, replace(plan, profile=_halved(plan.profile, 1), schedule=make(plan.num_ranks, count))
     else:
