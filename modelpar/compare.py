@@ -16,6 +16,7 @@ from rich.progress import track
 
 from modelpar import config as configs
 from modelpar.errors import ConfigError
+from modelpar.planning.explain import explain
 from modelpar.planning.memory import stage_memory_bytes
 from modelpar.planning.partitioners import stage_seconds
 from modelpar.planning.plan import Plan
@@ -23,6 +24,7 @@ from modelpar.planning.profile import Profile
 from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
+from modelpar.report.explanation import headline
 from modelpar.report.strips import Strip
 from modelpar.report.strips_image import comparison_image
 from modelpar.report.strips_text import draw_comparison
@@ -80,6 +82,7 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
     if drawn := draw_comparison(strips, console.width):
         console.print()
         console.print(drawn)
+    console.print(_verdict(next(each for each in candidates if str(each.run) == rows[0].run)), highlight=False)
     write(rows, folder.path)
     comparison_image(strips).save(folder.path / "comparison.png")
     for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
@@ -198,6 +201,12 @@ def _strips(candidates: list[_Candidate]) -> list[Strip]:
         step = min(steps, key=lambda timeline: abs(timeline.makespan - middle), default=None)
         strips.append(Strip(rows, step or predict(equals[0].plan)))
     return strips
+
+
+def _verdict(best: _Candidate) -> str:
+    """Returns where the best combination's time goes, and what would help it most."""
+    timeline = best.results[_typical(best.results)].timeline if best.results else predict(best.plan)
+    return f"{best.name}: {headline(explain(best.plan, [timeline]))}"
 
 
 def _write_run(candidate: _Candidate, folder: Path) -> Path:
