@@ -79,10 +79,10 @@ def html_report(runs: Sequence[Run], notes: Sequence[str], texts: Mapping[str, S
     }
     return _PAGE.substitute(
         title=html.escape(", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else "")),
-        style=re.sub("</(?=style)", r"<\\/", view_style(), flags=re.IGNORECASE),
+        style=re.sub("(?i)</(?=style)", r"<\\/", view_style()),
         plans="\n".join(_plan(name, parts) for name, parts in texts.items()),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        script=re.sub("</(?=script)|<(?=!--)", lambda found: found[0].replace("<", "\\x3c"), view_script()),
+        script=re.sub("(?i)<(?=/script|!--)", r"\\x3c", view_script()),
     )
 
 
