@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 from commands import MLP, THREADS, call
 from conftest import ROOT
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
 from test_tensorboard import small_plan, step
 from torch.utils.tensorboard import SummaryWriter
 from werkzeug.test import Client
@@ -187,6 +189,16 @@ def test_untraced_runs_say_so(runs: Path) -> None:
     assert found.problem is not None
     assert found.problem.startswith("holds no traces: they come with the 5th step")
     assert (found.num_steps, found.blobs) == (2, ())
+
+
+def test_a_folder_that_is_a_run_has_its_plain_name(runs: Path) -> None:
+    """TensorBoard calls it "long/."."""
+    multiplexer = EventMultiplexer().AddRunsFromDirectory(str(runs / "long"), "long")
+    reader = Reader(MultiplexerDataProvider(multiplexer.Reload(), ""))
+    assert list(multiplexer.Runs()) == ["long/."]
+    (run,), _ = reader.runs()
+    assert run == runs_of(runs)["long"]
+    assert reader.trace("long", 9) == run.blobs[1]
 
 
 LOADED = """
