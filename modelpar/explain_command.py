@@ -24,21 +24,20 @@ def explain_runs(paths: Sequence[str], console: Console) -> None:
     provider, _ = provider_of(run_folders(paths))
     reader = Reader(provider)
     runs, notes = reader.runs()
-    explained = 0
+    problems: list[str] = []
     for run in runs:
         name = run.name.removesuffix("/.")  # TensorBoard calls a run so whose own folder was given
         try:
             found = _explain(run, reader)
         except ModelparError as error:
-            notes.append(f"{name}: {error}")
+            problems.append(f"{name}: {error}")
             continue
-        explained += 1
         console.print(Text(name, style="dim"), soft_wrap=True)
         console.print(explanation_text(found))
         console.print()
-    if not explained:
-        raise ConfigError("; ".join(notes))
-    for note in notes:
+    if len(problems) == len(runs):
+        raise ConfigError("; ".join([*problems, *notes]))
+    for note in (*problems, *notes):
         console.print(note, style="yellow", highlight=False, markup=False)
 
 
