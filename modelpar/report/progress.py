@@ -88,7 +88,7 @@ class _Left(ProgressColumn):
     def render(self, task: Task) -> Text:
         """Returns the text; seconds that are told go by as clocks do."""
         left = task.remaining if isinstance(task.total, float) else task.time_remaining
-        return Text("" if left is None else f"about {max(1, round(left))} s left")
+        return Text("" if not left or task.finished else f"about {max(1, round(left))} s left")
 
 
 class TrainingProgress:

@@ -100,11 +100,15 @@ class Notices(logging.Handler):
                 self._tell(logging.WARNING, more + self._where)
 
     def finish(self) -> None:
-        """Says what is left to say, and waits until the controller has heard it all."""
+        """Waits until the controller has heard all that was sent, and then how much was not."""
+        self._wait()
         self.count(float("inf"))
-        for future in list(self._sent):
+        self._wait()
+
+    def _wait(self) -> None:
+        while self._sent:
             with suppress(RuntimeError):
-                future.wait()
+                self._sent.popleft().wait()
 
     def _tell(self, level: int, text: str) -> None:
         self._sending = True  # whatever sending itself logs stays here

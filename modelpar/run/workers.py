@@ -57,7 +57,7 @@ class Workers:
         port: int = 0,
         shared_memory: bool = True,
         cuda_ipc: bool = False,
-        logs: str | Path | Callable[[], Path] | None = None,
+        logs: str | Path | Callable[[], str | Path] | None = None,
         doing: Doing = silent,
     ):
         if num_ranks < 1:
@@ -94,9 +94,9 @@ class Workers:
             self._launch = ThreadLaunch(self.num_ranks, self._routes)
         else:
             beat = min(1.0, self._heartbeat_timeout / 4, (self._step_timeout or 4.0) / 4)
-            logs = self._logs() if callable(self._logs) else None if self._logs is None else Path(self._logs)
+            logs = self._logs() if callable(self._logs) else self._logs
             how = {"shared_memory": self._shared_memory, "cuda_ipc": self._cuda_ipc}
-            how |= {"logs": logs, "doing": self._doing}
+            how |= {"logs": None if logs is None else Path(logs), "doing": self._doing}
             self._launch = ProcessLaunch(self.num_ranks, self._routes, self._port, beat, **how)
         self._supervisor.watch(self._launch)
         _log.debug("%d ranks over %s started in %.1f s", self.num_ranks, self._kind, time.perf_counter() - begun)
