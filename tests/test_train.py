@@ -4,8 +4,8 @@ import io
 import json
 import math
 import signal
-import time
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -463,8 +463,9 @@ def test_ctrl_c_ends_after_the_step_and_saves_everything(tmp_path, monkeypatch):
 
 def wait_text(path: Path, text: str, command: Command) -> None:
     """Waits until a command has written a text to a file."""
+    idle = Event()
     while command.poll() is None and not (path.exists() and text in path.read_text()):
-        time.sleep(0.02)
+        idle.wait(0.02)
     assert text in path.read_text()
 
 
