@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -23,6 +23,9 @@ from modelpar.planning.profile import Profile
 from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
+from modelpar.report.strips import Strip
+from modelpar.report.strips_image import comparison_image
+from modelpar.report.strips_text import draw_comparison
 from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import prediction_notes
 from modelpar.run.workers import Workers
@@ -44,7 +47,9 @@ class _Candidate:
 
 
 def compare(overrides: Sequence[str], console: Console) -> list[Row]:
-    """Predicts every combination of the values given, runs the best, prints a table and writes it to a new folder.
+    """Predicts every combination of the values given, runs the best, and shows them in a table and a picture.
+
+    Both are also written to a new folder.
 
     All combinations run on one set of workers. Each round runs every one of them for a few steps, so that a machine
     that slows down or speeds up meanwhile does so for all; a combination's time is the median over all its steps.
@@ -75,7 +80,12 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
             candidate.run = _write_run(candidate, run.path)
     rows = best_first([_row(candidate) for candidate in candidates])
     console.print(comparison_table(rows))
+    strips = _strips(candidates)
+    if drawn := draw_comparison(strips, console.width):
+        console.print()
+        console.print(drawn)
     write(rows, run.path)
+    comparison_image(strips).save(run.path / "comparison.png")
     for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
         console.print(note, style="yellow", highlight=False)
     console.print(run.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
@@ -139,10 +149,7 @@ def _what(config: DictConfig) -> str:
 def _measure(candidates: list[_Candidate], workers: Workers, doing: Doing) -> None:
     """Runs all different plans in turn, round after round, on running workers."""
     comparison = candidates[0].config.comparison
-    same: dict[str, list[_Candidate]] = {}
-    for candidate in candidates:
-        same.setdefault(_runs_as(candidate), []).append(candidate)
-    turns = list(itertools.product(range(comparison.rounds), same.values()))
+    turns = list(itertools.product(range(comparison.rounds), _equal(candidates)))
     for number, (_, equals) in enumerate(turns):
         doing(f"measuring {equals[0].name}", number, len(turns))
         task, plan = equals[0].task, equals[0].plan
@@ -152,6 +159,14 @@ def _measure(candidates: list[_Candidate], workers: Workers, doing: Doing) -> No
             results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
         for candidate in equals:
             candidate.results += results[1:]
+
+
+def _equal(candidates: list[_Candidate]) -> list[list[_Candidate]]:
+    """Returns the candidates in groups that come to the same plan."""
+    same: dict[str, list[_Candidate]] = {}
+    for candidate in candidates:
+        same.setdefault(_runs_as(candidate), []).append(candidate)
+    return list(same.values())
 
 
 def _runs_as(candidate: _Candidate) -> str:
@@ -183,16 +198,33 @@ def _row(candidate: _Candidate) -> Row:
     )
 
 
+def _strips(candidates: list[_Candidate]) -> list[Strip]:
+    """Returns each plan once, with the measured step whose time is next to the median, or with the predicted step."""
+    strips = []
+    for equals in _equal(candidates):
+        rows = tuple(best_first([_row(candidate) for candidate in equals]))
+        steps = [result.timeline for candidate in equals for result in candidate.results]
+        middle = rows[0].measured_step_seconds or 0.0
+        step = min(steps, key=lambda timeline: abs(timeline.makespan - middle), default=None)
+        strips.append(Strip(rows, step or predict(equals[0].plan)))
+    return strips
+
+
 def _write_run(candidate: _Candidate, folder: Path) -> Path:
     """Writes a TensorBoard run of one candidate: its plan, its steps, its row on the hparams page."""
     run = RunDir.create(folder, candidate.name.replace(" ", "_").replace("/", "-"), "")
     OmegaConf.save(candidate.config, run.config)
     candidate.plan.save(run.plan)
     row = _row(candidate)
-    with RunWriter(run.path, candidate.plan) as writer:
+    with RunWriter(run.path, candidate.plan, schedule=row.schedule) as writer:
         for number, result in enumerate(candidate.results):
             writer.step(replace(result, step=number), result.timeline.makespan, int(result.count))
         expected = predict(candidate.plan)
+        if candidate.results:
+            typical = _typical(candidate.results)
+            writer.trace(typical, candidate.results[typical].timeline, candidate.results[typical].peak_bytes)
+        else:
+            writer.trace(0, expected, measured=False)
         writer.timeline(0, candidate.results[-1].timeline if candidate.results else expected, expected)
         values = {"partition": row.partition, "schedule": row.schedule, "balance": "-".join(map(str, row.balance))}
         numbers = {"num_ranks": row.num_ranks, "num_microbatches": row.num_microbatches}
@@ -201,6 +233,12 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
             metrics["step_seconds"] = row.measured_step_seconds
         writer.hparams(values | numbers, metrics)
     return run.path
+
+
+def _typical(results: Sequence[StepResult]) -> int:
+    """Returns the position of the step that took as long as half of the others."""
+    seconds = [result.timeline.makespan for result in results]
+    return seconds.index(median_low(seconds))
 
 
 def _name(combination: Sequence[str], lists: list[list[str]]) -> str:

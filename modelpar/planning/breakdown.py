@@ -1,0 +1,157 @@
+"""Where the time of a step goes, in six parts that add up to it.
+
+A timeline is played again without one thing after the other; what the step gets shorter by is what that thing took::
+
+    step                                              as it was
+     └─ no waits for data                             − data
+         └─ no end of step, nothing between actions   − overhead
+             └─ messages cost nothing                 − communication
+                 └─ every stage takes the mean        − stage imbalance
+                     └─ useful work (mean over ranks) − schedule bubble
+
+Played again with nothing changed it takes exactly as long as it did: every span keeps its length, what lay between two
+spans of a rank stays, and a value that was waited for arrives as long after it was sent as it did.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import fmean
+from typing import NamedTuple
+
+from modelpar.planning.flow import Flow, usual_transfers
+from modelpar.planning.timeline import COMPUTE, Span
+
+PARTS = ("useful work", "schedule bubble", "stage imbalance", "communication", "data", "overhead")
+
+
+@dataclass(frozen=True)
+class Breakdown:
+    """Seconds of one step by what they went into; they add up to its makespan."""
+
+    useful: float
+    """Forward and backward: the mean over ranks."""
+    bubble: float
+    """What the schedule loses with equal stages, free messages and nothing else to do."""
+    imbalance: float
+    """What unequal stages add to that."""
+    communication: float
+    """What sending, and waiting for values on their way, adds."""
+    data: float
+    """What waiting for the batch adds."""
+    overhead: float
+    """What the end of the step (norms, clipping, optimizer) and the time between actions add."""
+    step_end: float
+    """That part of `overhead` which is the end of the step."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """The six parts with their names, in the order of `PARTS`."""
+        values = (self.useful, self.bubble, self.imbalance, self.communication, self.data, self.overhead)
+        return tuple(zip(PARTS, values, strict=True))
+
+    @property
+    def seconds(self) -> float:
+        """The step's makespan."""
+        return sum(seconds for _, seconds in self.parts)
+
+
+def breakdown(flow: Flow) -> Breakdown:
+    """Returns where the time of a step went.
+
+    The parts are never negative. Each is what its cause still costs once those above it are gone: of two causes that
+    hide each other, such as a slow link and an uneven split, the one that is removed later gets what both share.
+    """
+    replay = _Replay(flow)
+    spans = flow.timeline.spans
+    of_kind: defaultdict[str, list[float]] = defaultdict(list)
+    for span in spans:
+        of_kind[span.kind].append(span.seconds)
+    means = {kind: fmean(seconds) for kind, seconds in of_kind.items()}
+    useful = sum(sum(of_kind[kind]) for kind in COMPUTE) / max(1, flow.timeline.num_ranks)
+
+    def without(*kinds: str) -> Callable[[Span], float]:
+        return lambda span: 0.0 if span.kind in kinds else span.seconds
+
+    def balanced(span: Span) -> float:
+        return means[span.kind] if span.kind in COMPUTE else 0.0
+
+    end = ("reduce", "optimizer")
+    lengths = [
+        flow.timeline.makespan,
+        replay.makespan(without("data")),
+        replay.makespan(without("data", *end)),
+        replay.makespan(without("data", *end), gaps=False),
+        replay.makespan(without("data", *end, "send", "receive"), gaps=False, transfers=False),
+        replay.makespan(balanced, gaps=False, transfers=False),
+        useful,
+    ]
+    for i in range(1, len(lengths)):  # rounding, and an uneven split that happens to fit the schedule
+        lengths[i] = max(useful, min(lengths[i - 1], lengths[i]))
+    data, step_end, between, communication, imbalance, bubble = (a - b for a, b in pairwise(lengths))
+    return Breakdown(useful, bubble, imbalance, communication, data, step_end + between, step_end)
+
+
+class _Item(NamedTuple):
+    """A span that is no wait, and what it came after."""
+
+    span: Span
+    before: int
+    """Position of the one before it on its rank, −1 for the first."""
+    gap: float
+    """Seconds between all that it had to come after, and its start."""
+    arrivals: tuple[tuple[int, float], ...]
+    """Positions of what sent it values, and how long after the end of that each value was there."""
+
+
+class _Replay:
+    """A step that can be played again with other lengths."""
+
+    def __init__(self, flow: Flow):
+        spans, usual = flow.timeline.spans, usual_transfers(flow)
+        order = sorted((i for i, s in enumerate(spans) if s.kind != "wait"), key=lambda i: (spans[i].start, i))
+        position = {i: place for place, i in enumerate(order)} | {-1: -1}
+        before = [_working(flow, i) for i in flow.previous]
+        ready = [spans[i].end if i >= 0 else 0.0 for i in before]
+        """When each span could begin: what its rank did before has ended, the last thing it waited for is there."""
+        for arrow in flow.arrows:
+            if arrow.wait >= 0:
+                ready[arrow.target] = max(ready[arrow.target], spans[arrow.wait].end)
+        arrivals: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+        for arrow in flow.arrows:
+            source, target = spans[arrow.source], spans[arrow.target]
+            if arrow.wait >= 0:
+                transfer = spans[arrow.wait].end - source.end
+            else:  # it was there in time, nobody knows since when
+                transfer = min(usual.get(target.kind, 0.0), ready[arrow.target] - source.end)
+            if target.kind == "wait" or position[arrow.source] < position[arrow.target]:
+                arrivals[arrow.target].append((position[arrow.source], transfer))
+        self._items = [
+            _Item(spans[i], position[before[i]], max(0.0, spans[i].start - ready[i]), tuple(arrivals[i])) for i in order
+        ]
+        self._last_waits = [arrival for i, s in enumerate(spans) if s.kind == "wait" for arrival in arrivals[i]]
+
+    def makespan(self, seconds: Callable[[Span], float], *, gaps: bool = True, transfers: bool = True) -> float:
+        """Returns how long the step takes if spans last `seconds(span)`, with or without gaps and transfers."""
+        starts: list[float] = []
+        ends: list[float] = []
+
+        def arrival(source: int, transfer: float) -> float:
+            return max(starts[source], ends[source] + transfer) if transfers else ends[source]
+
+        for item in self._items:
+            free = ends[item.before] if item.before >= 0 else 0.0
+            start = max([free, *(arrival(*each) for each in item.arrivals)]) + (item.gap if gaps else 0.0)
+            starts.append(start)
+            ends.append(start + seconds(item.span))
+        return max([0.0, *ends, *(arrival(*each) for each in self._last_waits)])
+
+
+def _working(flow: Flow, span: int) -> int:
+    """Returns a span, or where it is a wait the last one before it on its rank that is none; −1 where there is none."""
+    while span >= 0 and flow.timeline.spans[span].kind == "wait":
+        span = flow.previous[span]
+    return span
