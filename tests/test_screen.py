@@ -162,8 +162,9 @@ def test_how_much_is_said(outcome, folder):
     assert not (folder / f"threads{verbose}" / "run" / "ranks").exists()  # they are this process
 
 
-def test_logging_is_as_it_was_afterwards():
+def test_logging_is_as_it_was_afterwards(monkeypatch):
     root, ours = logging.getLogger(), logging.getLogger("modelpar")
+    monkeypatch.setattr(root, "level", logging.INFO)
     before = root.handlers[:], root.level, ours.level, warnings.showwarning
     with suppress(KeyError), screen(Console(file=io.StringIO()), 2):
         assert (root.handlers, ours.level) != (before[0], before[2])
