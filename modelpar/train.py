@@ -26,6 +26,7 @@ from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import TrainingSummary, partition_table, prediction_notes, training_summary
 from modelpar.run.pipeline import Pipeline
 from modelpar.rundir import RunDir
+from modelpar.screen import screen
 from modelpar.task import Task, model_name, run_name, task_of
 
 _FIRST_TRACED = 4
@@ -42,24 +43,29 @@ def train(config: DictConfig, console: Console) -> RunDir:
     """
     task = task_of(config)
     with ExitStack() as exits:
-        workers = task.workers(max(1, config.pipeline.num_ranks))  # planning refuses fewer, and says why
+        doing = exits.enter_context(screen(console, config.verbose))
+        folder = RunDir.when_needed(config.output.folder, config.output.name, run_name(config), exits)
+        num_ranks = max(1, config.pipeline.num_ranks)  # planning refuses fewer, and says why
+        workers = task.workers(num_ranks, lambda: folder().ranks, doing)
         start = cache(lambda: exits.enter_context(workers))
-        plan = task.plan(workers=start)
+        plan = task.plan(workers=start, doing=doing)
         pipeline = task.pipeline(plan, workers)
-        run = RunDir.create(config.output.folder, config.output.name, run_name(config))
+        run = folder()
         record, status = Record(plan), "failed"
-        exits.callback(run.remove_if_empty)
         console.print(task.data.description, highlight=False, markup=False)
         console.print(partition_table(plan))
         for note in prediction_notes(plan):
             console.print(note, style="yellow", highlight=False)
         start()
+        doing("handing out the stages")
         exits.enter_context(pipeline)
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
         writer = exits.enter_context(RunWriter(run.path, plan, schedule=choice(config, "schedule")))
+        doing.stop()
+        progress = TrainingProgress(console, config.training.steps, quiet=config.verbose == 0)
         try:
-            with _stop_between_steps() as stop, TrainingProgress(console, config.training.steps) as progress:
+            with _stop_between_steps() as stop, progress:
                 _loop(task, plan, pipeline, writer, run, record, progress, stop)
             status = "interrupted" if stop else "done"
         except KeyboardInterrupt:
