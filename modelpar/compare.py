@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean, median, median_low
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -179,10 +179,15 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
     OmegaConf.save(candidate.config, run.config)
     candidate.plan.save(run.plan)
     row = _row(candidate)
-    with RunWriter(run.path, candidate.plan) as writer:
+    with RunWriter(run.path, candidate.plan, schedule=row.schedule) as writer:
         for number, result in enumerate(candidate.results):
             writer.step(replace(result, step=number), result.timeline.makespan, int(result.count))
         expected = predict(candidate.plan)
+        if candidate.results:
+            typical = _typical(candidate.results)
+            writer.trace(typical, candidate.results[typical].timeline, candidate.results[typical].peak_bytes)
+        else:
+            writer.trace(0, expected, measured=False)
         writer.timeline(0, candidate.results[-1].timeline if candidate.results else expected, expected)
         values = {"partition": row.partition, "schedule": row.schedule, "balance": "-".join(map(str, row.balance))}
         numbers = {"num_ranks": row.num_ranks, "num_microbatches": row.num_microbatches}
@@ -191,6 +196,12 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
             metrics["step_seconds"] = row.measured_step_seconds
         writer.hparams(values | numbers, metrics)
     return run.path
+
+
+def _typical(results: Sequence[StepResult]) -> int:
+    """Returns the position of the step that took as long as half of the others."""
+    seconds = [result.timeline.makespan for result in results]
+    return seconds.index(median_low(seconds))
 
 
 def _name(combination: Sequence[str], lists: list[list[str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
@@ -11,6 +10,7 @@ from typing import Any
 from modelpar.planning.analysis import analyse
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
+from modelpar.report.text import stage_parameters
 
 SCHEMA_VERSION = 1
 _WARMUP_STEPS = 3
@@ -73,12 +73,10 @@ class Record:
         plan = self.plan
         analyses = [analyse(result.timeline) for result in _settled(self.results)]
         peaks = self.results[-1].peak_bytes if self.results else ()
-        owners = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
-        seen: set[str] = set()
+        parameters = stage_parameters(plan)
         stages = []
         for stage, rank in enumerate(plan.schedule.stage_to_rank):
             layers = [plan.graph.layers[i] for i in plan.partition.layers(stage)]
-            own = {owners.get(p.name, p.name): p for layer in layers for p in layer.parameters if p.trainable}
             times = [analysis.ranks[rank] for analysis in analyses]
             stages.append(
                 {
@@ -86,7 +84,7 @@ class Record:
                     "device": plan.cluster.devices[rank],
                     "balance": len(layers),
                     "layers": [layer.name for layer in layers],
-                    "parameters": sum(math.prod(p.shape) for name, p in own.items() if name not in seen),
+                    "parameters": parameters[stage],
                     "utilization": fmean(time.utilization for time in times) if times else None,
                     "wait": fmean(time.wait / a.makespan for time, a in zip(times, analyses, strict=True))
                     if times
@@ -94,7 +92,6 @@ class Record:
                     "peak_bytes": peaks[rank] if peaks else None,
                 }
             )
-            seen |= set(own)
         return stages
 
 

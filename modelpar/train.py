@@ -28,6 +28,8 @@ from modelpar.run.pipeline import Pipeline
 from modelpar.rundir import RunDir
 from modelpar.task import Task, model_name, run_name, task_of
 
+_FIRST_TRACED = 4
+"""The first step by which a training has settled: a run that is stopped soon has something to show."""
 _STOPPING = b"modelpar: stopping after the step under way; once more ends it at once\n"
 
 
@@ -55,7 +57,7 @@ def train(config: DictConfig, console: Console) -> RunDir:
         exits.enter_context(pipeline)
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
-        writer = exits.enter_context(RunWriter(run.path, plan))
+        writer = exits.enter_context(RunWriter(run.path, plan, schedule=choice(config, "schedule")))
         try:
             with _stop_between_steps() as stop, TrainingProgress(console, config.training.steps) as progress:
                 _loop(task, plan, pipeline, writer, run, record, progress, stop)
@@ -66,6 +68,9 @@ def train(config: DictConfig, console: Console) -> RunDir:
         finally:
             run.write_result(record.to_json(status, task.data.baseline))
             if record.results:
+                last = record.results[-1]
+                if config.training.trace_every and not _is_traced(last.step, config.training.trace_every):
+                    writer.trace(last.step, last.timeline, last.peak_bytes)
                 writer.hparams(_hparams(config, plan), record.metrics())
     _say_summary(console, run, task, record)
     if status == "interrupted":
@@ -103,6 +108,8 @@ def _loop(
                     progress.step(result.step, result.loss, seconds, samples, result.timeline.bubble)
                     if training.trace_every and (result.step + 1) % training.trace_every == 0:
                         writer.timeline(result.step, result.timeline, expected)
+                    if _is_traced(result.step, training.trace_every):
+                        writer.trace(result.step, result.timeline, result.peak_bytes)
                 heldout = task.data.heldout(training.batch_size, training.eval_samples)
                 for first in itertools.islice(heldout, 1):  # with data.heldout=0 there is none
                     loss = pipeline.evaluate(itertools.chain([first], heldout)).loss
@@ -113,6 +120,11 @@ def _loop(
     except ModelparError:
         _keep_weights(pipeline, run, plan)
         raise
+
+
+def _is_traced(step: int, trace_every: int) -> bool:
+    """Returns whether a step is traced as soon as it is done; the last one of a training is in any case."""
+    return trace_every > 0 and (step == _FIRST_TRACED or (step + 1) % trace_every == 0)
 
 
 def _keep_weights(pipeline: Pipeline, run: RunDir, plan: Plan) -> None:

@@ -64,7 +64,7 @@ def analyse(timeline: Timeline) -> Analysis:
         if span.kind in COMPUTE:
             busy[span.rank] += span.seconds
         elif span.kind == "wait":
-            waits[span.rank][_MICROBATCH.sub("", span.cause)] += span.seconds
+            waits[span.rank][without_microbatch(span.cause)] += span.seconds
         else:
             other[span.rank][span.kind] += span.seconds
     ranks = tuple(
@@ -79,6 +79,11 @@ def analyse(timeline: Timeline) -> Analysis:
     )
     mean = sum(busy) / len(busy) if busy else 0.0
     return Analysis(makespan, timeline.bubble, max(busy) / mean if mean else 1.0, ranks)
+
+
+def without_microbatch(cause: str) -> str:
+    """Returns what a wait waited for, the same for all micro-batches."""
+    return _MICROBATCH.sub("", cause)
 
 
 def _longest_first(seconds: Mapping[str, float]) -> dict[str, float]:

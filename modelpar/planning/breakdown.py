@@ -19,10 +19,10 @@ from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import fmean, median
+from statistics import fmean
 from typing import NamedTuple
 
-from modelpar.planning.flow import Flow
+from modelpar.planning.flow import Flow, usual_transfers
 from modelpar.planning.timeline import COMPUTE, Span
 
 PARTS = ("useful work", "schedule bubble", "stage imbalance", "communication", "data", "overhead")
@@ -111,7 +111,7 @@ class _Replay:
     """A step that can be played again with other lengths."""
 
     def __init__(self, flow: Flow):
-        spans, usual = flow.timeline.spans, _usual_transfers(flow)
+        spans, usual = flow.timeline.spans, usual_transfers(flow)
         order = sorted((i for i, s in enumerate(spans) if s.kind != "wait"), key=lambda i: (spans[i].start, i))
         position = {i: place for place, i in enumerate(order)} | {-1: -1}
         arrivals: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
@@ -150,13 +150,3 @@ class _Replay:
             starts.append(start)
             ends.append(start + seconds(item.span))
         return max([0.0, *ends, *(arrival(*each) for each in self._last_waits)])
-
-
-def _usual_transfers(flow: Flow) -> dict[str, float]:
-    """Returns how long values take from the end of their sending until they are there, by the kind of their target."""
-    spans = flow.timeline.spans
-    known: defaultdict[str, list[float]] = defaultdict(list)
-    for arrow in flow.arrows:
-        if arrow.wait >= 0:
-            known[spans[arrow.target].kind].append(max(0.0, spans[arrow.wait].end - spans[arrow.source].end))
-    return {kind: median(seconds) for kind, seconds in known.items()}

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from statistics import median
 from typing import NamedTuple
 
 from modelpar.planning.graph import BATCH, StageGraph
@@ -80,6 +81,19 @@ def flow(timeline: Timeline, graph: StageGraph, stage_to_rank: Sequence[int]) ->
     spans = timeline.spans
     previous = tuple(i - 1 if i and spans[i - 1].rank == spans[i].rank else -1 for i in range(len(spans)))
     return Flow(timeline, tuple(_arrows(spans, graph, stage_to_rank)), previous)
+
+
+def usual_transfers(flow: Flow) -> dict[str, float]:
+    """Returns how long values take from the end of their sending until they are there, by the kind that used them.
+
+    Only those that were waited for tell; nobody knows when the others were there.
+    """
+    spans = flow.timeline.spans
+    known: defaultdict[str, list[float]] = defaultdict(list)
+    for arrow in flow.arrows:
+        if arrow.wait >= 0:
+            known[spans[arrow.target].kind].append(max(0.0, spans[arrow.wait].end - spans[arrow.source].end))
+    return {kind: median(seconds) for kind, seconds in known.items()}
 
 
 def _arrows(spans: Sequence[Span], graph: StageGraph, stage_to_rank: Sequence[int]) -> Iterator[Arrow]:

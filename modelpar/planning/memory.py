@@ -1,4 +1,4 @@
-"""What a plan keeps in memory: a prediction, in bytes, per stage."""
+"""What a plan keeps in memory: a prediction, in bytes, per stage, and in the course of a step."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from modelpar.planning.intervals import Ints, Maxima, Overlaps
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.schedule import Op, Schedule
+from modelpar.planning.timeline import COMPUTE, Timeline
 
 OPTIMIZER_MOMENTS = 2
 """Tensors that an optimizer that was not measured is taken to keep per trainable parameter, as Adam and AdamW do."""
@@ -113,6 +114,50 @@ def stage_memory_bytes(plan: Plan) -> tuple[int, ...]:
     return tuple(
         int(model.bytes(start, end, count)) for start, end, count in zip(bounds, bounds[1:], in_flight, strict=False)
     )
+
+
+def memory_curves(plan: Plan, timeline: Timeline) -> tuple[tuple[tuple[float, int], ...], ...]:
+    """Returns per rank what it holds in the course of a step: (seconds, bytes from then on), ascending, 0 s first.
+
+    ::
+
+        bytes            ┌F1┐      ┌B0┐
+                 ┌F0┐┌──┘  └──────┘  │          weights + gradients + optimizer
+              ───┘  └┘               └───       + activations of the micro-batches in flight + temporary values
+
+    Counted, not measured: the spans say when, `stage_memory_bytes` says how much. A forward adds its stage's
+    activations of a micro-batch when it begins, a B or W frees them when it ends; in between each action has its
+    temporary values. With one stage per rank the highest point of a predicted step is `stage_memory_bytes`.
+    """
+    model, bounds = MemoryModel.of(plan.graph, plan.profile, plan.schedule.kind), plan.partition.bounds
+    temporary, kept = [], []
+    held = [0] * timeline.num_ranks
+    for start, end, rank in zip(bounds, bounds[1:], plan.schedule.stage_to_rank, strict=False):
+        least, more = (int(model.bytes(start, end, in_flight)) for in_flight in (0, 1))
+        temporary.append(int(model.temporary.over(start, end)))
+        kept.append(more - least)
+        held[rank] += least - temporary[-1]
+    changes: list[list[tuple[float, int]]] = [[(0.0, 0)] for _ in held]
+    for span in timeline.spans:
+        if span.kind in COMPUTE:
+            taken, left = temporary[span.stage], temporary[span.stage]
+            if span.kind == Op.FORWARD:
+                taken += kept[span.stage]
+            elif span.kind in (Op.BACKWARD, Op.WEIGHT_GRAD):
+                left += kept[span.stage]
+            changes[span.rank] += [(span.start, taken), (span.end, -left)]
+    return tuple(_steps(fixed, sorted(of_rank)) for fixed, of_rank in zip(held, changes, strict=True))
+
+
+def _steps(now: int, changes: Sequence[tuple[float, int]]) -> tuple[tuple[float, int], ...]:
+    """Returns what is held from each time on; `changes` are in order of time."""
+    points: list[tuple[float, int]] = []
+    for time, at_once in itertools.groupby(changes, key=lambda change: change[0]):
+        change = sum(num_bytes for _, num_bytes in at_once)
+        now += change
+        if change or not points:
+            points.append((time, now))
+    return tuple(points)
 
 
 def activation_bytes(costs: Sequence[LayerCost], in_flight: int, received: int = 0) -> int:

@@ -11,6 +11,7 @@ Every function returns something for `rich.console.Console.print`; nothing here 
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -48,21 +49,11 @@ def stage_rows(plan: Plan) -> list[StageRow]:
     measured = any(cost.seconds > 0 for cost in plan.profile.layers)
     costs = [cost.seconds if measured else cost.flops for cost in plan.profile.layers]
     total = sum(costs) or 1.0
-    owner = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
-    seen: set[str] = set()
+    tied = {name for tie in plan.graph.tied for name in tie.names}
     rows = []
-    for stage, memory in enumerate(stage_memory_bytes(plan)):
+    for stage, (memory, number) in enumerate(zip(stage_memory_bytes(plan), stage_parameters(plan), strict=True)):
         layers = plan.partition.layers(stage)
-        number, marked = 0, False
-        for parameter in (p for i in layers for p in plan.graph.layers[i].parameters):
-            name = owner.get(parameter.name, parameter.name)
-            marked |= parameter.name in owner
-            if parameter.trainable and not parameter.buffer and name not in seen:
-                elements = 1
-                for size in parameter.shape:
-                    elements *= size
-                number += elements
-            seen.add(name)
+        marked = any(parameter.name in tied for i in layers for parameter in plan.graph.layers[i].parameters)
         rows.append(
             StageRow(
                 stage=stage,
@@ -74,6 +65,21 @@ def stage_rows(plan: Plan) -> list[StageRow]:
             )
         )
     return rows
+
+
+def stage_parameters(plan: Plan) -> list[int]:
+    """Returns per stage how many trainable parameters it has; a tied tensor counts in its owner's stage only."""
+    owner = {name: tie.names[0] for tie in plan.graph.tied for name in tie.names}
+    seen: set[str] = set()
+    numbers = []
+    for stage in range(plan.num_stages):
+        numbers.append(0)
+        for parameter in (p for i in plan.partition.layers(stage) for p in plan.graph.layers[i].parameters):
+            name = owner.get(parameter.name, parameter.name)
+            if parameter.trainable and not parameter.buffer and name not in seen:
+                numbers[-1] += math.prod(parameter.shape)
+            seen.add(name)
+    return numbers
 
 
 def cost_unit(plan: Plan) -> str:

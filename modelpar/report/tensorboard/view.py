@@ -12,6 +12,8 @@ from pathlib import Path
 from tensorboard import program
 
 from modelpar.errors import ConfigError
+from modelpar.report.tensorboard.names import PLUGIN
+from modelpar.report.tensorboard.plugin import PipelinePlugin
 
 
 def view(paths: Sequence[str], port: int | None = None, host: str = "127.0.0.1") -> None:
@@ -20,9 +22,19 @@ def view(paths: Sequence[str], port: int | None = None, host: str = "127.0.0.1")
     Port 0 or None picks a free one. Raises ConfigError where a path holds no event file, or the port is taken.
     """
     where = logdir_arguments(paths)
-    server = program.TensorBoard()
+    from tensorboard import default  # imports all of TensorBoard's plugins, which takes a second
+
+    plugins = default.get_plugins()
+    if PipelinePlugin not in plugins:  # modelpar was not installed, or before it had the tab
+        plugins.append(PipelinePlugin)
+    server = program.TensorBoard(plugins)
     # One process, one thread for loading: the Rust data server would be a child to look after.
-    options = ["--reload_multifile=true", "--load_fast=false", "--reload_interval=2"]
+    options = [
+        "--reload_multifile=true",
+        "--load_fast=false",
+        "--reload_interval=2",
+        f"--samples_per_plugin={PLUGIN}=0",
+    ]
     server.configure(argv=["tensorboard", *where, *options, f"--host={host}", f"--port={port or 0}"])
     try:
         url = server.launch()
@@ -49,6 +61,20 @@ def logdir_arguments(paths: Sequence[str]) -> list[str]:
 
     Raises ConfigError where there is no path, or one does not exist or holds no event file at any depth.
     """
+    named = run_folders(paths)
+    if len(named) == 1 and (named[0][0] is None or "," in named[0][1]):
+        return [f"--logdir={named[0][1]}"]
+    for _, folder in named:
+        if "," in folder:
+            raise ConfigError(f"{folder} has a comma in its name, which TensorBoard cannot take among several paths")
+    return [f"--logdir_spec={','.join(f'{name}:{folder}' for name, folder in named)}"]
+
+
+def run_folders(paths: Sequence[str]) -> list[tuple[str | None, str]]:
+    """Returns each folder once, absolute, with the name that its runs go by: None where their own names are enough.
+
+    Raises ConfigError as `logdir_arguments` does.
+    """
     if not paths:
         raise ConfigError("no path to view; expected a run or a folder of runs")
     for path in paths:
@@ -61,19 +87,15 @@ def logdir_arguments(paths: Sequence[str]) -> list[str]:
     folders = list(dict.fromkeys(os.path.abspath(path) for path in paths))
     common = Path(os.path.commonpath(folders))
     if len(folders) == 1:
-        is_run = any("tfevents" in name for name in os.listdir(common))
-        if not is_run or "," in folders[0]:
-            return [f"--logdir={common}"]
-        common = common.parent  # a single run given by logdir would be called "."
-    named = []
+        if not any("tfevents" in name for name in os.listdir(common)):
+            return [(None, str(common))]
+        common = common.parent  # a single run given without a name would be called "."
+    named: list[tuple[str | None, str]] = []
     for folder in folders:
         # TensorBoard splits its list at commas and names at the first colon, so that names may hold neither
         relative = Path(folder).relative_to(common).as_posix()
-        name = re.sub(r"[,:]", "_", common.name if relative == "." else relative)
-        if "," in folder:
-            raise ConfigError(f"{folder} has a comma in its name, which TensorBoard cannot take among several paths")
-        named.append(f"{name}:{folder}")
-    return [f"--logdir_spec={','.join(named)}"]
+        named.append((re.sub(r"[,:]", "_", common.name if relative == "." else relative), folder))
+    return named
 
 
 def _has_event_file(path: str) -> bool:

@@ -4,7 +4,7 @@
 
     train/            loss, heldout_loss, lr, grad_norm, samples_per_second, and the loss function's own metrics
     step/             seconds, predicted_seconds
-    pipeline/         bubble; the timelines of traced steps as images
+    pipeline/         bubble; the timelines of traced steps, as images and as data for the Pipeline tab
     stage_utilization/, stage_wait/, stage_memory_mb/      one curve per stage, "stage 0", "stage 1", …
     partition         the partition as a table            result/      the numbers of the hparams page
 """
@@ -17,6 +17,10 @@ from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
@@ -25,7 +29,9 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.timeline import Timeline
 from modelpar.report.image import timeline_image
+from modelpar.report.tensorboard.names import BUBBLE, MEMORY, PLUGIN, RESULT, STEP_SECONDS, TRACE, rank_names
 from modelpar.report.text import cost_unit, stage_rows, tied_note
+from modelpar.report.trace import Trace, encode
 from modelpar.report.units import megabytes, percent
 
 
@@ -37,9 +43,10 @@ class RunWriter:
     then forgets what the first one says from that step on.
     """
 
-    def __init__(self, directory: str | Path, plan: Plan, purge_step: int | None = None) -> None:
-        self._plan = plan
-        self._curves = curve_names(plan)
+    def __init__(self, directory: str | Path, plan: Plan, purge_step: int | None = None, schedule: str = "") -> None:
+        """`schedule` is what people call the plan's schedule, such as "1f1b"."""
+        self._plan, self._schedule = plan, schedule
+        self._curves = rank_names(plan)
         self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=1)
         self._writer.add_custom_scalars(_LAYOUT)
         self._writer.add_text("partition", partition_markdown(plan), purge_step or 0)
@@ -65,8 +72,8 @@ class RunWriter:
             "train/lr": result.lr,
             "train/grad_norm": result.grad_norm,
             "train/samples_per_second": samples / step_seconds if step_seconds else 0.0,
-            "step/seconds": step_seconds,
-            "pipeline/bubble": analysis.bubble,
+            STEP_SECONDS: step_seconds,
+            BUBBLE: analysis.bubble,
         }
         values |= {f"train/{name}": value for name, value in result.metrics.items()}
         if self._plan.prediction is not None:
@@ -75,7 +82,7 @@ class RunWriter:
             values[f"stage_utilization/{curve}"] = times.utilization
             values[f"stage_wait/{curve}"] = times.wait / analysis.makespan if analysis.makespan else 0.0
         for curve, num_bytes in zip(self._curves, result.peak_bytes, strict=False):
-            values[f"stage_memory_mb/{curve}"] = num_bytes / 1e6
+            values[f"{MEMORY}{curve}"] = num_bytes / 1e6
         self._scalars(values, result.step)
 
     def heldout(self, step: int, loss: float) -> None:
@@ -88,13 +95,26 @@ class RunWriter:
         self._writer.add_image("pipeline/timeline", picture, step, dataformats="HWC")
         self._writer.flush()
 
+    def trace(self, step: int, timeline: Timeline, peak_bytes: tuple[int, ...] = (), measured: bool = True) -> None:
+        """Writes the timeline of one step for the Pipeline tab, with the plan; `measured` is False for a prediction."""
+        blob = encode(Trace(self._plan, step, timeline, peak_bytes, measured, self._schedule))
+        metadata = SummaryMetadata(
+            plugin_data=SummaryMetadata.PluginData(plugin_name=PLUGIN), data_class=DATA_CLASS_BLOB_SEQUENCE
+        )
+        shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
+        tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[blob])
+        self._writer.file_writer.add_summary(
+            Summary(value=[Summary.Value(tag=TRACE, metadata=metadata, tensor=tensor)]), step
+        )
+        self._writer.flush()
+
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float], step: int = 0) -> None:
         """Writes the run's row on the hparams page: what was chosen, and what came of it, as `result/<metric>`.
 
         Values other than bool, int, float and str are written as text. Call it once, at the end.
         """
         plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in values.items()}
-        results = {f"result/{name}": float(value) for name, value in metrics.items()}
+        results = {f"{RESULT}{name}": float(value) for name, value in metrics.items()}
         for summary in hparams_summaries(plain, results):
             self._writer.file_writer.add_summary(summary)
         self._scalars(results, step)
@@ -103,12 +123,6 @@ class RunWriter:
         for tag, value in values.items():
             self._writer.add_scalar(tag, value, step)
         self._writer.flush()
-
-
-def curve_names(plan: Plan) -> list[str]:
-    """Returns per rank the name of its curves: "stage 0", or "rank 0" where ranks hold several stages."""
-    unit = "stage" if plan.num_stages == plan.num_ranks else "rank"
-    return [f"{unit} {rank}" for rank in range(plan.num_ranks)]
 
 
 def partition_markdown(plan: Plan) -> str:

@@ -1,0 +1,102 @@
+"""An Explanation in words: one headline, and a table of where the time goes and what would help."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from modelpar.planning.advice import Advice
+from modelpar.planning.explain import Explanation
+from modelpar.report.units import ms, percent
+
+_LITTLE = 0.03
+_MOST_ADVICE, _MOST_STRAGGLERS = 4, 3
+
+
+def headline(found: Explanation) -> str:
+    """Returns what bounds a run, by how much, and the change that helps most, in one line without a full stop."""
+    cause, _ = found.largest_loss
+    helping = [advice for advice in found.advice if not advice.at_most or advice.cause == cause]
+    gains = advice_text(helping[0], found.uncertainty) if helping else "no change that was simulated saves 1 %"
+    return f"{_cause(found)}; {gains}"
+
+
+def advice_text(advice: Advice, uncertainty: float) -> str:
+    """Returns a change with its gain, such as "moving h3 from stage 1 to stage 0 saves 6.1 %"."""
+    if advice.at_most:
+        return f"{advice.change} would save at most {percent(advice.gain)}"
+    if advice.caveat or advice.gain <= uncertainty:
+        return f"{advice.change} may save {percent(advice.gain)}"
+    return f"{advice.change} saves {percent(advice.gain)}"
+
+
+def sentences(found: Explanation) -> tuple[str, ...]:
+    """Returns what else is worth saying: slow ranks, steps that took long, how sure all this is."""
+    said = []
+    for rank, slow in enumerate(found.slowness):
+        if slow > 1.0:
+            said.append(f"Rank {rank} takes {slow:.1f} × as long for its layers as profiled, relative to the others.")
+    if found.stragglers:
+        shown = [
+            f"{each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
+            for each in sorted(found.stragglers, key=lambda each: -each.times)[:_MOST_STRAGGLERS]
+        ]
+        number = len(found.stragglers)
+        what = f"{number} steps" if number > 1 else "1 step"
+        said.append(
+            f"{what} took more than 1.5 × the median: {', '.join(shown)}{', …' if number > len(shown) else ''}."
+        )
+    if found.drift:
+        way = "slower" if found.drift > 0 else "faster"
+        said.append(f"Steps became {percent(abs(found.drift))} {way} from the first to the last quarter of the run.")
+    said.append(
+        f"Gains are simulated with the costs that were measured, which gives this step to {percent(abs(found.error))}."
+    )
+    return tuple(said)
+
+
+def explanation_text(found: Explanation) -> RenderableType:
+    """Returns all of it for the terminal: headline, parts of the step, changes, sentences."""
+    parts = Table.grid(padding=(0, 2))
+    parts.add_column(style="dim", no_wrap=True)
+    parts.add_column(justify="right", no_wrap=True)
+    parts.add_column(justify="right", no_wrap=True)
+    parts.add_column(no_wrap=True)
+    for name, seconds in found.breakdown.parts:
+        share = seconds / found.makespan if found.makespan else 0.0
+        parts.add_row(name, percent(share), ms(seconds), "█" * round(30 * share))
+    changes = Table.grid(padding=(0, 2))
+    changes.add_column(justify="right", no_wrap=True)
+    changes.add_column()
+    for advice in found.advice[:_MOST_ADVICE]:
+        more = [advice.options, advice.caveat, "at most" if advice.at_most else ""]
+        text = Text(advice.change)
+        text.append("".join(f"\n{line}" for line in more if line), style="dim")
+        changes.add_row(f"−{percent(advice.gain)}", text)
+    lines: list[RenderableType] = [Text(headline(found), style="bold"), parts]
+    if found.advice:
+        lines += [Text("what would shorten the step", style="dim"), changes]
+    return Group(*lines, *map(Text, sentences(found)))
+
+
+def _cause(found: Explanation) -> str:
+    """Returns what costs most."""
+    name, share = found.largest_loss
+    if share < _LITTLE:
+        return f"{percent(found.breakdown.useful / found.makespan if found.makespan else 0.0)} of a step is useful work"
+    slow = max(found.slowness)
+    if slow > 1.0 and name in ("stage imbalance", "schedule bubble"):
+        return f"rank {found.slowness.index(slow)} takes {slow:.1f} × as long as its layers should"
+    plan, critical = found.plan, found.critical
+    if name == "stage imbalance":
+        stage = critical.index(max(critical))
+        return f"stage {stage} is on {percent(critical[stage])} of the critical path"
+    if name == "schedule bubble":
+        return f"{plan.num_microbatches} micro-batches on {plan.num_ranks} ranks leave a bubble of {percent(share)}"
+    if name == "data":
+        return f"waiting for data is {percent(share)} of a step"
+    if name == "communication":
+        return f"communication is {percent(share)} of a step"
+    end = found.breakdown.step_end > 0.5 * found.breakdown.overhead
+    return f"{'norms and optimizer are' if end else 'what lies between actions is'} {percent(share)} of a step"

@@ -1,0 +1,149 @@
+"""Reads runs through TensorBoard's data providers, so that both of its loaders will do: Reader, provider_of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, median
+from typing import Any
+
+from tensorboard.backend.event_processing.data_provider import MultiplexerDataProvider
+from tensorboard.backend.event_processing.plugin_event_multiplexer import EventMultiplexer
+from tensorboard.context import RequestContext
+from tensorboard.data.provider import DataProvider, RunTagFilter
+from tensorboard.errors import NotFoundError
+
+from modelpar.errors import ConfigError
+from modelpar.report.runs import Run
+from modelpar.report.tensorboard.names import BUBBLE, PLUGIN, RESULT, STEP_SECONDS, TRACE
+
+_SETTLED = 3
+"""Steps at the beginning that do not count, where there are enough others."""
+_ALL = 1_000_000
+_LAST = 5
+"""How many traces a Run brings with it."""
+_NO_TRACES = (
+    "holds no traces: they come with the 5th step, with every training.trace_every-th and with the last one; "
+    "runs of earlier versions have none"
+)
+
+
+_Curves = Mapping[str, Mapping[str, list[tuple[int, float]]]]
+"""Per run and tag (step, value), ascending."""
+
+
+class Reader:
+    """Reads the runs of one data provider. Each call reads what is there by then."""
+
+    def __init__(self, provider: DataProvider, context: RequestContext | None = None, experiment: str = "") -> None:
+        self._provider = provider
+        self._where: dict[str, Any] = {"ctx": context or RequestContext(), "experiment_id": experiment}
+
+    def has_traces(self) -> bool:
+        """Returns whether there is anything to show."""
+        return bool(self._provider.list_blob_sequences(**self._where, plugin_name=PLUGIN))
+
+    def runs(self) -> tuple[list[Run], list[str]]:
+        """Returns all runs of modelpar, and a line for a reader about those that are not."""
+        traces, steps = self._traces(RunTagFilter(tags=[TRACE])), self._num_steps()
+        results = self._scalars(RunTagFilter(tags=[f"{RESULT}step_seconds", f"{RESULT}bubble"]))
+        unfinished = [run for run in traces if run in steps and not results.get(run)]
+        curves = self._scalars(RunTagFilter(runs=unfinished, tags=[STEP_SECONDS, BUBBLE])) if unfinished else {}
+        runs, others = [], []
+        for listed in self._provider.list_runs(**self._where):
+            name = listed.run_name
+            if name in traces:
+                runs.append(
+                    Run(
+                        name,
+                        steps=tuple(traces[name]),
+                        blobs=self._last(traces[name]),
+                        num_steps=steps.get(name, 0),
+                        step_seconds=_mean(median, curves, results, name, STEP_SECONDS, f"{RESULT}step_seconds"),
+                        bubble=_mean(fmean, curves, results, name, BUBBLE, f"{RESULT}bubble"),
+                    )
+                )
+            elif name in steps:
+                runs.append(Run(name, _NO_TRACES, num_steps=steps[name]))
+            else:
+                others.append(name)
+        return runs, [_not_ours(others)] if others else []
+
+    def trace(self, run: str, step: int) -> bytes:
+        """Returns the trace of a step; raises ConfigError where there is none."""
+        steps = self._traces(RunTagFilter(runs=[run], tags=[TRACE])).get(run, {})
+        if step not in steps:
+            known = f"one of {', '.join(map(str, steps))}" if steps else "a run with traces"
+            raise ConfigError(f"run {run!r} has no trace of step {step}; expected {known}")
+        found = self._blob(steps[step])
+        if found is None:
+            raise ConfigError(f"the trace of step {step} of run {run!r} is gone; it was written anew meanwhile")
+        return found
+
+    def _traces(self, which: RunTagFilter) -> dict[str, dict[int, str]]:
+        """Returns per run the traced steps, ascending, and the keys of their blobs."""
+        found = self._provider.read_blob_sequences(
+            **self._where, plugin_name=PLUGIN, downsample=_ALL, run_tag_filter=which
+        )
+        return {
+            run: {datum.step: datum.values[0].blob_key for datum in tags.get(TRACE, ()) if datum.values}
+            for run, tags in found.items()
+        }
+
+    def _last(self, traces: Mapping[int, str]) -> tuple[bytes, ...]:
+        blobs = (self._blob(key) for _, key in list(traces.items())[-_LAST:])
+        return tuple(blob for blob in blobs if blob is not None)
+
+    def _blob(self, key: str) -> bytes | None:
+        try:
+            return self._provider.read_blob(ctx=self._where["ctx"], blob_key=key)
+        except NotFoundError:  # what a run wrote before it went on from an earlier step is forgotten
+            return None
+
+    def _num_steps(self) -> dict[str, int]:
+        """Returns how many steps each run of modelpar has done; only those have a bubble."""
+        found = self._provider.list_scalars(
+            **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(tags=[BUBBLE])
+        )
+        return {run: tags[BUBBLE].max_step + 1 for run, tags in found.items() if BUBBLE in tags}
+
+    def _scalars(self, which: RunTagFilter) -> _Curves:
+        found = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=_ALL, run_tag_filter=which)
+        return {
+            run: {tag: [(datum.step, float(datum.value)) for datum in data] for tag, data in tags.items()}
+            for run, tags in found.items()
+        }
+
+
+def provider_of(folders: Sequence[tuple[str | None, str]]) -> tuple[DataProvider, dict[str, str]]:
+    """Reads folders of runs, each with the name that it goes by or None, without a server.
+
+    Returns a data provider, and per run the folder that it is in.
+    """
+    multiplexer = EventMultiplexer(
+        size_guidance={"tensors": 10},
+        tensor_size_guidance={PLUGIN: 0, "scalars": 1000},
+        event_file_active_filter=lambda _: True,  # reads all files of a run, as --reload_multifile=true does
+    )
+    for name, folder in folders:
+        multiplexer.AddRunsFromDirectory(folder, name)
+    multiplexer.Reload()
+    return MultiplexerDataProvider(multiplexer, ""), multiplexer.RunPaths()
+
+
+def _mean(
+    mean: Callable[[Sequence[float]], float], curves: _Curves, results: _Curves, run: str, curve: str, result: str
+) -> float | None:
+    """Returns what a run itself came to in the end; before that, the mean over the steps that have settled."""
+    if known := results.get(run, {}).get(result):
+        return known[-1][1]
+    points = curves.get(run, {}).get(curve, [])
+    settled = [value for step, value in points if step >= _SETTLED]
+    chosen = settled if len(points) > 2 * _SETTLED else [value for _, value in points]
+    return mean(chosen) if chosen else None
+
+
+def _not_ours(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3]) + (", …" if len(names) > 3 else "")
+    return (
+        f"1 run is not of modelpar: {shown}" if len(names) == 1 else f"{len(names)} runs are not of modelpar: {shown}"
+    )
