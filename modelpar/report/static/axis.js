@@ -11,6 +11,11 @@ export function makeAxis() {
   const context = canvas.getContext("2d");
   return {
     canvas,
+    /** The moment at some x of the page. */
+    seconds(view, clientX) {
+      const box = canvas.getBoundingClientRect();
+      return scaleOf(view, box.width).seconds(clientX - box.left);
+    },
     resize(width) {
       const ratio = window.devicePixelRatio || 1;
       canvas.width = Math.round(width * ratio);

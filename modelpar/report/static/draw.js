@@ -33,8 +33,10 @@ export function brushes(context, looks, colours, dark) {
 
 const lookOf = (brush, key) => brush.looks[key] || { name: key, letter: "?", colour: "#888888", ink: "#ffffff" };
 
-/** Fills the boxes of one lane. What is narrower than a pixel is merged into the kind that fills most of that pixel, and
- * left out where that is less than its neighbours do. Returns the boxes with room for a label: span, x0, x1, span, … */
+/** Fills the boxes of one lane, and returns those with room for a label: span, x0, x1, span, …
+ *
+ * What is narrower than a pixel is merged into the kind that fills most of that pixel, and left out where that is less
+ * than its neighbours fill. */
 export function drawLane(context, spans, lane, scale, view, brush, only = null) {
   const boxes = new Map();
   const add = (look, x, width) => {
@@ -94,7 +96,8 @@ export function drawLabels(context, wide, lane, brush) {
     if (wide[i + 2] - wide[i + 1] < NARROWEST_LABEL) continue;
     const counts = styles.get(look) || { all: 0, withLetter: 0 };
     counts.all += 1;
-    if (labelWidth(context, labelOf(wide[i], brush, true), size, brush) + 3 <= wide[i + 2] - wide[i + 1]) counts.withLetter += 1;
+    if (labelWidth(context, labelOf(wide[i], brush, true), size, brush) + 3 <= wide[i + 2] - wide[i + 1])
+      counts.withLetter += 1;
     styles.set(look, counts);
   }
   for (let i = 0; i < wide.length; i += 3) {
@@ -119,7 +122,7 @@ function labelWidth(context, text, size, brush) {
   return brush.widths.get(key);
 }
 
-/** Draws all of a timeline but what moves with the pointer. `scene`: trace, rows, scale, view, top (bytes), critical. */
+/** Draws a timeline, but not what moves with the pointer. `scene`: trace, rows, scale, view, top (bytes), critical. */
 export function drawTimeline(context, scene, brush, width) {
   const { trace, rows, scale, view } = scene;
   const { colours } = brush;
@@ -225,7 +228,12 @@ function drawCritical(context, { trace, rows, scale, view }, colours) {
 }
 
 /** The columns at the right of the lanes, with where each ends. */
-export const COLUMNS = [["busy", 82], ["fill", 118], ["stall", 154], ["drain", 190]];
+export const COLUMNS = [
+  ["busy", 82],
+  ["fill", 118],
+  ["stall", 154],
+  ["drain", 190],
+];
 
 /** Draws who a row is, at the left, and what came of it, at the right of its lanes. */
 export function drawMargins(context, scene, brush, width, text) {
@@ -280,7 +288,9 @@ export function drawMargins(context, scene, brush, width, text) {
 
 /** The share of the critical path that a rank's stages hold. */
 export function rankShare(trace, rank) {
-  return (trace.stages || []).filter((each) => rank.stages.includes(each.stage)).reduce((sum, each) => sum + (each.critical_share || 0), 0);
+  return (trace.stages || [])
+    .filter((each) => rank.stages.includes(each.stage))
+    .reduce((sum, each) => sum + (each.critical_share || 0), 0);
 }
 
 function drawShare(context, share, bound, row, many, colours, text) {

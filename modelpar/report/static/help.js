@@ -20,7 +20,9 @@ const KEYS = [
 ];
 
 export function helpDialog() {
-  const rows = KEYS.map(([keys, what]) => h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, keys)), h("td", {}, what)));
+  const rows = KEYS.map(([keys, what]) =>
+    h("tr", {}, h("th", { scope: "row" }, h("kbd", {}, keys)), h("td", {}, what)),
+  );
   const close = h("button", { type: "button", onclick: () => dialog.close() }, "Close");
   const dialog = h("dialog", { class: "help", "aria-label": "Keys" }, h("table", {}, h("tbody", {}, rows)), close);
   return dialog;

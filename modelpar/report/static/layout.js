@@ -7,7 +7,9 @@ export const RIGHT = 262;
  * Each lane is {y, height}, or null where the trace has nothing for it. */
 export function rowsOf(trace) {
   const many = trace.ranks.length > 8;
-  const sizes = many ? { predicted: 5, measured: 15, memory: 9, gap: 6 } : { predicted: 9, measured: 25, memory: 19, gap: 11 };
+  const sizes = many
+    ? { predicted: 5, measured: 15, memory: 9, gap: 6 }
+    : { predicted: 9, measured: 25, memory: 19, gap: 11 };
   const predicted = trace.ranks.some((rank) => rank.predicted && rank.predicted.length);
   const memory = trace.ranks.some((rank) => rank.memory && rank.memory.length);
   let y = 4;
@@ -95,7 +97,7 @@ export function hit(trace, rows, scale, x, y) {
   return lanes.memory ? { rank: row, lane: "memory", index: -1 } : null;
 }
 
-/** Evenly spaced moments in from … to, at least `pixels` apart: 1, 2 or 5 times a power of ten; and their decimals in ms. */
+/** Moments in view, 1, 2 or 5 times a power of ten and at least `pixels` apart; and how many decimals they have in ms. */
 export function ticksOf(scale, view, pixels = 78) {
   const least = pixels / scale.perSecond;
   const power = 10 ** Math.floor(Math.log10(least));

@@ -1,8 +1,8 @@
-// Draws what moves with the pointer, on a canvas above the timeline: one micro-batch, arrows, the cursor, a measured span.
+// Draws what moves with the pointer, above a timeline: one micro-batch and its arrows, the cursor, a measured span.
 
 import { drawLabels, drawLane, font } from "./draw.js";
 
-/** `pointer`: {follow: micro-batch or null, lane, hovered: {rank, lane, index} or null, cursor: seconds, measure}. */
+/** `pointer`: followed {microbatch, lane}, hovered {rank, lane, index}, cursor (seconds), measure; or null. */
 export function drawOverlay(context, scene, brush, width, pointer) {
   const { rows, scale } = scene;
   const { colours } = brush;
@@ -11,7 +11,7 @@ export function drawOverlay(context, scene, brush, width, pointer) {
   context.beginPath();
   context.rect(scale.left, 0, scale.right - scale.left, rows.height);
   context.clip();
-  if (pointer.follow !== null) drawFollowed(context, scene, brush, pointer);
+  if (pointer.followed) drawFollowed(context, scene, brush, pointer.followed);
   if (pointer.hovered) drawHovered(context, scene, colours, pointer.hovered);
   if (pointer.measure) drawMeasure(context, scene, colours, pointer.measure);
   if (pointer.cursor !== null) {
@@ -22,30 +22,30 @@ export function drawOverlay(context, scene, brush, width, pointer) {
   context.restore();
 }
 
-function drawFollowed(context, scene, brush, { follow, lane }) {
+function drawFollowed(context, scene, brush, { microbatch, lane }) {
   const { trace, rows, scale, view } = scene;
   context.fillStyle = brush.colours.paper;
   context.globalAlpha = 0.78;
   context.fillRect(scale.left, 0, scale.right - scale.left, rows.height);
   context.globalAlpha = 1;
-  const mine = (span) => span[4] === follow;
+  const mine = (span) => span[4] === microbatch;
   trace.ranks.forEach((rank, i) => {
     const row = rows.ranks[i];
     if (row.predicted) drawLane(context, rank.predicted, row.predicted, scale, view, brush, mine);
     drawLabels(context, drawLane(context, rank.spans, row.measured, scale, view, brush, mine), row.measured, brush);
   });
-  drawArrows(context, scene, brush.colours, follow, lane);
+  drawArrows(context, scene, brush.colours, microbatch, lane);
 }
 
-/** The way of one micro-batch's values: from the end of the box that sent each to the beginning of the one that used it. */
-function drawArrows(context, { trace, rows, scale }, colours, follow, lane) {
+/** The way of one micro-batch's values: from the end of the box that sent it to the beginning of the one that used it. */
+function drawArrows(context, { trace, rows, scale }, colours, microbatch, lane) {
   const [arrows, part] = lane === "predicted" ? [trace.predicted_arrows, "predicted"] : [trace.arrows, "measured"];
   const spansOf = (rank) => trace.ranks[rank][lane === "predicted" ? "predicted" : "spans"];
   context.strokeStyle = context.fillStyle = colours.text;
   context.lineWidth = 1.25;
   for (const [fromRank, fromSpan, toRank, toSpan] of arrows || []) {
     const [source, target] = [spansOf(fromRank)[fromSpan], spansOf(toRank)[toSpan]];
-    if (!source || !target || target[4] !== follow || fromRank === toRank) continue;
+    if (!source || !target || target[4] !== microbatch || fromRank === toRank) continue;
     const [a, b] = [rows.ranks[fromRank][part], rows.ranks[toRank][part]];
     if (!a || !b) continue;
     const down = toRank > fromRank;

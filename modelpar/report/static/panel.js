@@ -2,18 +2,25 @@
 
 import { bytes, duration, h, millis, percent } from "./dom.js";
 import { brushes, drawMargins, drawTimeline } from "./draw.js";
+import { headOf } from "./head.js";
 import { hit, rowsOf, scaleOf } from "./layout.js";
 import { drawOverlay } from "./overlay.js";
 import { spokenTable } from "./spoken.js";
 
-/** Makes the panel of a side. `actions`: chooseRun(side, run), chooseStep(side, step), download(run, step) → URL or null. */
+/** Makes the panel of a side. `actions`: chooseRun(side, run), chooseStep(side, step), download(run, step): a URL or null. */
 export function makePanel(side, actions) {
   const head = h("header", { class: "panel-head" });
   const base = h("canvas", { class: "base", role: "img" });
   const overlay = h("canvas", { class: "overlay", "aria-hidden": "true" });
   const lanes = h("div", { class: "lanes" }, base, overlay);
   const spoken = h("div", { class: "hidden" });
-  const element = h("section", { class: "panel", "data-side": side, "aria-label": `Timeline ${side}` }, head, lanes, spoken);
+  const element = h(
+    "section",
+    { class: "panel", "data-side": side, "aria-label": `Timeline ${side}` },
+    head,
+    lanes,
+    spoken,
+  );
   const contexts = [base, overlay].map((canvas) => canvas.getContext("2d"));
   let trace = null;
   let rows = null;
@@ -21,14 +28,18 @@ export function makePanel(side, actions) {
   let width = 0;
 
   /** Shows a trace, or says why there is none. */
-  function show(next, choice, runs, message) {
+  function show(next, choice, runs, problem) {
     trace = next;
     rows = trace ? rowsOf(trace) : null;
     brush = null;
-    head.replaceChildren(...headOf(side, trace, choice, runs, actions, message));
+    const open = head.querySelector("details")?.open;
+    head.replaceChildren(...headOf(side, trace, choice, runs, actions, problem));
+    if (open) head.querySelector("details")?.setAttribute("open", "");
     spoken.replaceChildren(...(trace ? [spokenTable(side, trace)] : []));
     lanes.hidden = !trace;
-    if (trace) base.setAttribute("aria-label", `Timeline ${side}, step ${trace.step} of ${trace.run}: ${duration(trace.makespan)}. ${trace.headline || ""}`);
+    if (!trace) return;
+    const words = `Timeline ${side}, step ${trace.step} of ${trace.run}: ${duration(trace.makespan)}. ${trace.headline}`;
+    base.setAttribute("aria-label", words);
   }
 
   function resize(pixels) {
@@ -57,7 +68,7 @@ export function makePanel(side, actions) {
     get trace() {
       return trace;
     },
-    retheme: () => (brush = null),
+    forgetBrush: () => (brush = null),
     /** Draws everything; after a change of the view, the trace, the size or the theme. */
     draw(view, more, colours, dark) {
       if (!trace) return;
@@ -84,42 +95,14 @@ export function makePanel(side, actions) {
       const part = rows.ranks[rank][lane === "predicted" ? "predicted" : "measured"];
       const box = lanes.getBoundingClientRect();
       const scale = scaleOf(view, width);
-      return { x: box.left + scale.x((span[1] + span[2]) / 2), y: box.top + part.y + part.height / 2, width: (span[2] - span[1]) * scale.perSecond };
+      return {
+        x: box.left + scale.x((span[1] + span[2]) / 2),
+        y: box.top + part.y + part.height / 2,
+        width: (span[2] - span[1]) * scale.perSecond,
+      };
     },
   };
 }
 
 /** ms with at most one decimal, for narrow columns. */
 const short = (seconds) => (Number.isFinite(seconds) ? (seconds * 1e3).toFixed(seconds >= 0.1 ? 0 : 1) : "–");
-
-function headOf(side, trace, choice, runs, actions, message) {
-  const usable = runs.filter((run) => !run.problem && run.steps && run.steps.length);
-  const options = usable.map((run) => h("option", { value: run.run, selected: run.run === choice.run }, `${run.schedule} · ${(run.balance || []).join("-")} · ${run.run}`));
-  if (side === "B") options.unshift(h("option", { value: "", selected: !choice.run }, "nothing"));
-  const select = h("select", { class: "run", "aria-label": `run of ${side}`, onchange: (event) => actions.chooseRun(side, event.target.value || null) }, options);
-  const line = h("div", { class: "line" }, h("span", { class: `badge side-${side}` }, side), select);
-  const run = usable.find((each) => each.run === choice.run);
-  if (run) line.append(...stepChooser(side, run, choice.step, actions));
-  if (!trace) return [line, message ? h("p", { class: "problem" }, message) : ""];
-  const off = trace.measured && trace.predicted_makespan ? ` · predicted ${duration(trace.predicted_makespan)}` : "";
-  const clock = trace.clock_error ? ` · clocks ± ${duration(trace.clock_error)}` : "";
-  line.append(h("span", { class: "makespan" }, h("b", {}, duration(trace.makespan)), `${trace.measured ? "" : " predicted"}${off}${clock}`));
-  const url = actions.download(trace.run, trace.step);
-  if (url) line.append(h("a", { class: "download", href: url, download: `${trace.run}-step-${trace.step}.json`, title: "this step as a Chrome trace: opens in Perfetto" }, "Chrome trace"));
-  const why = (trace.sentences || []).filter((sentence) => sentence !== trace.headline);
-  const headline = h("summary", { class: "headline" }, trace.headline || "nothing stands out");
-  if (!why.length) return [line, h("p", { class: "headline" }, trace.headline || "")];
-  return [line, h("details", {}, headline, h("ul", { class: "sentences" }, why.map((sentence) => h("li", {}, sentence))))];
-}
-
-function stepChooser(side, run, step, actions) {
-  const at = run.steps.indexOf(step);
-  const button = (text, to, name) =>
-    h("button", { type: "button", class: "step", disabled: run.steps[to] === undefined, "aria-label": `${name} traced step of ${side}`, title: `${name} traced step`, onclick: () => actions.chooseStep(side, run.steps[to]) }, text);
-  const select = h(
-    "select",
-    { class: "steps", "aria-label": `step of ${side}`, onchange: (event) => actions.chooseStep(side, Number(event.target.value)) },
-    run.steps.map((each) => h("option", { value: each, selected: each === step }, `step ${each}`)),
-  );
-  return [h("span", { class: "steps" }, button("‹", at - 1, "earlier"), select, button("›", at + 1, "later"))];
-}

@@ -2,8 +2,9 @@
 
 const CLICK_PIXELS = 4;
 
-/** Listens on an element. `on`: hover(event), leave(), click(event), pan(pixels), measure(from x, to x), zoom(factor, event). */
-export function listen(element, on, { wheelAlwaysZooms = false } = {}) {
+/** Listens on an element. `on`: hover(event), leave(), click(event), pan(pixels), measure(x, x), zoom(factor, event).
+ * A wheel zooms with Ctrl or `wheelZooms`, and pans sideways; else the page scrolls. */
+export function listenToPointer(element, on, wheelZooms) {
   let press = null;
   element.addEventListener("pointerdown", (event) => {
     if (event.button !== 0) return;
@@ -33,7 +34,8 @@ export function listen(element, on, { wheelAlwaysZooms = false } = {}) {
     "wheel",
     (event) => {
       const sideways = event.shiftKey ? event.deltaY || event.deltaX : event.deltaX;
-      if (event.ctrlKey || event.metaKey || (wheelAlwaysZooms && !event.shiftKey)) on.zoom(Math.exp(pixels(event, event.deltaY) * 0.0022), event);
+      if (event.ctrlKey || event.metaKey || (wheelZooms && !event.shiftKey))
+        on.zoom(Math.exp(pixels(event, event.deltaY) * 0.0022), event);
       else if (Math.abs(sideways) > Math.abs(event.shiftKey ? 0 : event.deltaY)) on.pan(-pixels(event, sideways));
       else return; // the page scrolls
       event.preventDefault();

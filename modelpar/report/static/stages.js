@@ -17,18 +17,30 @@ const HEADS = [
   ["number", "Peak memory"],
 ];
 
-/** Returns the table of one or two traces; times are means over the micro-batches of the step. */
+/** Returns the table of two traces, either of which may be null; times are means over the step's micro-batches. */
 export function stagesTable(a, b) {
-  const stages = Math.max(a.stages.length, b ? b.stages.length : 0);
+  const stages = Math.max(...[a, b].map((trace) => (trace ? trace.stages.length : 0)));
   const bodies = [];
   for (let stage = 0; stage < stages; stage += 1) {
-    const [left, right] = [a.stages[stage], b ? b.stages[stage] : undefined];
-    const rows = [left && sideRow("A", left, a), right && sideRow("B", right, b), left && right && differenceRow(left, right)].filter(Boolean);
+    const [left, right] = [a, b].map((trace) => (trace ? trace.stages[stage] : undefined));
+    const rows = [
+      left && sideRow("A", left, a),
+      right && sideRow("B", right, b),
+      left && right && differenceRow(left, right),
+    ].filter(Boolean);
     rows[0].prepend(h("th", { scope: "rowgroup", rowspan: rows.length, class: "stage" }, String(stage)));
     bodies.push(h("tbody", { "data-stage": stage }, rows));
   }
-  const head = h("thead", {}, h("tr", {}, HEADS.map(([kind, name]) => h("th", { scope: "col", class: kind }, name))));
-  return h("table", { class: "stages", "aria-label": b ? "Stages of A and B" : "Stages" }, head, bodies);
+  const head = h(
+    "thead",
+    {},
+    h(
+      "tr",
+      {},
+      HEADS.map(([kind, name]) => h("th", { scope: "col", class: kind }, name)),
+    ),
+  );
+  return h("table", { class: "stages", "aria-label": a && b ? "Stages of A and B" : "Stages" }, head, bodies);
 }
 
 function sideRow(side, stage, trace) {
@@ -47,15 +59,26 @@ function sideRow(side, stage, trace) {
     number(millis(stage.predicted_forward_seconds), "faint"),
     number(millis(stage.backward_seconds), "strong"),
     number(millis(stage.predicted_backward_seconds), "faint"),
-    h("td", { class: "text", title: all || null }, waits.length ? waits[0][0] : "–", waits.length > 1 ? h("small", {}, `${percent(waits[0][1] / total)} of it`) : null),
+    h(
+      "td",
+      { class: "text", title: all || null },
+      waits.length ? waits[0][0] : "–",
+      waits.length > 1 ? h("small", {}, `${percent(waits[0][1] / total)} of it`) : null,
+    ),
     number(millis(total)),
-    h("td", { class: `number critical${most ? " most" : ""}` }, h("i", { style: `width:${40 * Math.min(stage.critical_share || 0, 1)}px` }), percent(stage.critical_share)),
+    h(
+      "td",
+      { class: `number critical${most ? " most" : ""}` },
+      h("i", { style: `width:${40 * Math.min(stage.critical_share || 0, 1)}px` }),
+      percent(stage.critical_share),
+    ),
     number(bytes(stage.peak_bytes)),
   );
 }
 
 function differenceRow(a, b) {
-  const change = (name, text) => (a[name] === null || b[name] === null ? "–" : b[name] === a[name] ? "=" : signed(b[name] - a[name], text));
+  const change = (name, text) =>
+    a[name] === null || b[name] === null ? "–" : b[name] === a[name] ? "=" : signed(b[name] - a[name], text);
   const moved = [
     ...(b.layers || []).filter((layer) => !(a.layers || []).includes(layer)).map((layer) => `+${layer}`),
     ...(a.layers || []).filter((layer) => !(b.layers || []).includes(layer)).map((layer) => `−${layer}`),
@@ -67,7 +90,11 @@ function differenceRow(a, b) {
     "tr",
     { class: "difference", "data-side": "B-A" },
     h("td", {}, "B − A"),
-    h("td", { class: "text", title: moved.join(" ") || null }, moved.length ? moved.slice(0, 4).join(" ") + (moved.length > 4 ? " …" : "") : "="),
+    h(
+      "td",
+      { class: "text", title: moved.join(" ") || null },
+      moved.length ? moved.slice(0, 4).join(" ") + (moved.length > 4 ? " …" : "") : "=",
+    ),
     number(change("parameters", count)),
     number(change("forward_seconds", millis), ratio(a.forward_seconds, b.forward_seconds)),
     number(change("predicted_forward_seconds", millis)),

@@ -11,7 +11,7 @@ const HEADINGS = [
   ["number", "× best"],
   ["where", "Where the step's time goes"],
   ["number", "Busy"],
-  ["number", "Bubble", "share of all ranks' time in which nothing was computed, and what the schedule has with perfectly equal stages and free messages"],
+  ["number", "Bubble", "share of all ranks' time without computing; ideal: with equal stages and free messages"],
   ["number", "Imbalance", "busy time of the busiest rank over the mean"],
   ["number", "Peak memory", "of the fullest rank"],
   ["number", "Predicted", "the plan's prediction, and how far it is from what was measured"],
@@ -24,7 +24,15 @@ export function strategiesTable(data, chosen, choose) {
   return h(
     "table",
     { class: "strategies", "aria-label": "Strategies, fastest first" },
-    h("thead", {}, h("tr", {}, HEADINGS.map(([kind, name, hint]) => h("th", { class: kind, scope: "col", title: hint }, name)))),
+    h(
+      "thead",
+      {},
+      h(
+        "tr",
+        {},
+        HEADINGS.map(([kind, name, hint]) => h("th", { class: kind, scope: "col", title: hint }, name)),
+      ),
+    ),
     h("tbody", {}, body),
   );
 }
@@ -46,25 +54,49 @@ function strategyRow(run, longest, chosen, choose) {
       side,
     ),
   );
-  const row = h("tr", { "data-run": run.run, class: run.problem ? "broken" : null, onkeydown: (event) => rowKey(event, run, usable, choose) });
+  const row = h("tr", {
+    "data-run": run.run,
+    class: run.problem ? "broken" : null,
+    onkeydown: (event) => rowKey(event, run, usable, choose),
+  });
   row.append(h("td", { class: "show" }, buttons));
   if (run.problem) {
-    row.append(h("td", { class: "schedule" }, h("span", { class: "name", title: run.run }, run.run)), h("td", { class: "problem", colspan: HEADINGS.length - 2 }, run.problem));
+    row.append(
+      h("td", { class: "schedule" }, h("span", { class: "name", title: run.run }, run.run)),
+      h("td", { class: "problem", colspan: HEADINGS.length - 2 }, run.problem),
+    );
     return row;
   }
-  const cell = (kind, main, faint = null, title = null) => h("td", { class: kind, title }, main, faint ? h("small", {}, faint) : null);
+  const cell = (kind, main, faint = null, title = null) =>
+    h("td", { class: kind, title }, main, faint ? h("small", {}, faint) : null);
   const over = run.memory_limit && run.peak_bytes > run.memory_limit;
   row.append(
-    h("td", { class: "schedule", title: run.headline || null }, h("b", {}, run.schedule || "–"), h("span", { class: "name", title: run.run }, run.run)),
-    cell("partition", run.partition || "–", (run.balance || []).join("-"), `layers per stage: ${(run.balance || []).join("-")}; ${run.num_stages} stages on ${run.num_ranks} ranks, ${run.num_microbatches} micro-batches`),
+    h(
+      "td",
+      { class: "schedule", title: run.headline || null },
+      h("b", {}, run.schedule || "–"),
+      h("span", { class: "name", title: run.run }, run.run),
+    ),
+    cell(
+      "partition",
+      run.partition || "–",
+      run.balance.join("-"),
+      `layers per stage: ${run.balance.join("-")}; ${run.num_ranks} ranks, ${run.num_microbatches} micro-batches`,
+    ),
     cell("number strong", duration(run.step_seconds), run.measured ? null : "predicted"),
     cell("number", run.relative ? run.relative.toFixed(2) : "–"),
     h("td", { class: "where" }, partsBar(run, longest)),
     cell("number", percent(run.utilization)),
     cell("number", percent(run.bubble), run.ideal_bubble === null ? null : `ideal ${percent(run.ideal_bubble)}`),
     cell("number", run.imbalance ? run.imbalance.toFixed(2) : "–"),
-    cell(over ? "number over" : "number", bytes(run.peak_bytes), run.memory_limit ? `of ${bytes(run.memory_limit)}` : null),
-    run.measured ? cell("number", duration(run.predicted_seconds), signedPercent(run.error)) : cell("number", duration(run.predicted_seconds)),
+    cell(
+      over ? "number over" : "number",
+      bytes(run.peak_bytes),
+      run.memory_limit ? `of ${bytes(run.memory_limit)}` : null,
+    ),
+    run.measured
+      ? cell("number", duration(run.predicted_seconds), signedPercent(run.error))
+      : cell("number", duration(run.predicted_seconds)),
   );
   return row;
 }
@@ -75,7 +107,8 @@ function rowKey(event, run, usable, choose) {
   const side = event.key.toUpperCase();
   if (usable && (side === "A" || side === "B")) choose(side, run.run);
   else if (event.key === "ArrowDown" || event.key === "ArrowUp") {
-    const row = event.key === "ArrowDown" ? event.currentTarget.nextElementSibling : event.currentTarget.previousElementSibling;
+    const row =
+      event.key === "ArrowDown" ? event.currentTarget.nextElementSibling : event.currentTarget.previousElementSibling;
     const button = row && row.querySelector("button:not([disabled])");
     if (button) button.focus();
   } else return;
@@ -92,7 +125,17 @@ function partsBar(run, longest) {
   const pieces = parts.map((part, i) => {
     const share = Math.max(part.seconds, 0) / total;
     const title = `${part.name}: ${duration(part.seconds)}, ${percent(share)} of step ${run.parts_step}`;
-    return h("i", { class: PART_CLASSES[i], style: `flex-grow:${share}`, title, "data-part": part.name, "data-seconds": part.seconds }, h("span", {}, `${Math.round(share * 100)} %`));
+    return h(
+      "i",
+      {
+        class: PART_CLASSES[i],
+        style: `flex-grow:${share}`,
+        title,
+        "data-part": part.name,
+        "data-seconds": part.seconds,
+      },
+      h("span", {}, `${Math.round(share * 100)} %`),
+    );
   });
   const width = longest ? Math.max((run.step_seconds / longest) * 100, 2) : 100;
   return h("div", { class: "parts", role: "img", "aria-label": said.join(", "), style: `width:${width}%` }, pieces);
@@ -102,5 +145,9 @@ function partsBar(run, longest) {
 export function partsLegend(data) {
   const run = data.runs.find((each) => each.parts && each.parts.length);
   if (!run) return null;
-  return h("ul", { class: "legend parts-legend", "aria-hidden": "true" }, run.parts.map((part, i) => h("li", {}, h("i", { class: PART_CLASSES[i] }), part.name)));
+  return h(
+    "ul",
+    { class: "legend parts-legend", "aria-hidden": "true" },
+    run.parts.map((part, i) => h("li", {}, h("i", { class: PART_CLASSES[i] }), part.name)),
+  );
 }
