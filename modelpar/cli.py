@@ -1,4 +1,4 @@
-"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `verify`, `view`."""
+"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `verify`, `view`, `report`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _COMMANDS = {
     "profile": "measure what each layer costs with all ranks busy, and save it",
     "verify": "compare the split model with the unsplit one, to the bit",
     "view": "show runs in TensorBoard",
+    "report": "write runs as one HTML file, or a step of one as a Chrome trace",
 }
 _EXAMPLES = {
     "train": (
@@ -49,6 +50,7 @@ _EXAMPLES = {
         "modelpar verify model=hf model.config=GPT2Config +model.n_layer=4 transport=threads",
     ),
     "view": ("modelpar view runs", "modelpar view runs/first runs/second --port 6007"),
+    "report": ("modelpar report runs", "modelpar report runs/first --output step.json.gz"),
 }
 
 
@@ -62,11 +64,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command not in _COMMANDS:
             raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
-        if command != "view" and {"-h", "--help"} & set(rest):
+        if command not in ("view", "report") and {"-h", "--help"} & set(rest):
             print(_command_help(command))
             return
         commands = {"train": _train, "simulate": _simulate, "compare": _compare}
-        commands |= {"profile": _profile, "verify": _verify, "view": _view}
+        commands |= {"profile": _profile, "verify": _verify, "view": _view, "report": _report}
         commands[command](rest)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -171,6 +173,22 @@ def _view(words: list[str]) -> None:
     from modelpar.report.tensorboard.view import view
 
     view(options.paths, options.port)
+
+
+def _report(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="modelpar report",
+        description="Writes runs as one HTML file that needs no network: strategies, timelines, plans. An output that\n"
+        "ends in .json or .json.gz is the last traced step of one run, for Perfetto or chrome://tracing.",
+        epilog=_examples("report"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
+    parser.add_argument("--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
+    options = parser.parse_args(words)
+    from modelpar.report_command import report
+
+    print(report(options.paths, options.output))
 
 
 def _overrides(command: str, words: list[str]) -> list[str]:

@@ -82,13 +82,17 @@ def decode(data: bytes) -> Trace:
         name = content["plan"]["schedule"].get("generator", _SCHEDULES)
         if not name.startswith(_SCHEDULES):
             raise ConfigError(f"the trace names the schedule {name}; expected one of modelpar's own")
-        spans = tuple(
-            _spans_of_rows(content["spans"]) if version == 1 else _spans_of_columns(content["ranks"], content["causes"])
-        )
+        if version == 1:
+            timeline = Timeline(content["num_ranks"], tuple(_spans_of_rows(content["spans"])))
+        else:
+            timeline = Timeline(len(content["ranks"]), tuple(_spans_of_columns(content["ranks"], content["causes"])))
+        plan = Plan.from_json(content["plan"])
+        if timeline.num_ranks != plan.num_ranks or any(span.stage >= plan.num_stages for span in timeline.spans):
+            raise ValueError("its timeline is not of its plan")
         return Trace(
-            plan=Plan.from_json(content["plan"]),
+            plan=plan,
             step=content["step"],
-            timeline=Timeline(content["num_ranks"] if version == 1 else len(content["ranks"]), spans),
+            timeline=timeline,
             peak_bytes=tuple(content.get("peak_bytes", ())),
             measured=content["measured"],
             schedule=content.get("schedule", ""),

@@ -4,8 +4,8 @@
 
     /index.js               what TensorBoard's page of the tab imports; its render() starts the view
     /static/<file>          the view itself, the same files as in an HTML report
-    /runs                   RUNS of report/pipeline_view.py
-    /trace?run=…&step=…     TRACE
+    /runs                   RUNS of report/view_runs.py
+    /trace?run=…&step=…     TRACE of report/view_trace.py
     /chrome?run=…&step=…    the step in Chrome's trace format
 
 Nothing here needs torch. Errors are answered as {"error": "one line"}.
@@ -13,9 +13,10 @@ Nothing here needs torch. Errors are answered as {"error": "one line"}.
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from functools import lru_cache
-from importlib import resources
 from typing import Any
 
 from tensorboard import context as contexts
@@ -24,10 +25,12 @@ from tensorboard.plugins import base_plugin
 from werkzeug import Request, Response
 
 from modelpar.errors import ConfigError, ModelparError
-from modelpar.report import pipeline_view
+from modelpar.report.assets import STATIC
 from modelpar.report.tensorboard.names import PLUGIN
 from modelpar.report.tensorboard.reader import Reader
 from modelpar.report.trace import decode
+from modelpar.report.view_runs import runs_json, trace_facts
+from modelpar.report.view_trace import chrome_json, trace_json
 
 _App = Callable[[Any, Any], Any]
 
@@ -42,8 +45,8 @@ class PipelinePlugin(base_plugin.TBPlugin):
 
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._provider = context.data_provider
-        self._facts = lru_cache(maxsize=1000)(pipeline_view.trace_facts)
-        self._trace_json = lru_cache(maxsize=50)(lambda run, blob: pipeline_view.trace_json(run, decode(blob)))
+        self._facts = lru_cache(maxsize=1000)(trace_facts)
+        self._trace_json = lru_cache(maxsize=50)(lambda run, blob: trace_json(run, decode(blob)))
 
     def get_plugin_apps(self) -> dict[str, _App]:
         """Returns what answers at which path."""
@@ -52,6 +55,7 @@ class PipelinePlugin(base_plugin.TBPlugin):
             "/static/*": self._app(self._static),
             "/runs": self._app(self._runs),
             "/trace": self._app(self._trace),
+            "/chrome": self._app(self._chrome),
         }
 
     def is_active(self) -> bool:
@@ -75,18 +79,26 @@ class PipelinePlugin(base_plugin.TBPlugin):
 
     def _static(self, request: Request) -> Response:
         name = request.path.rsplit("/", 1)[-1]
-        files = {file.name: file for file in static_files()}
+        files = {file.name: file for file in STATIC.iterdir() if file.suffix in _TYPES}
         if name not in files:
             raise ConfigError(f"there is no file {name!r}; expected one of {', '.join(sorted(files))}")
         return http_util.Respond(request, files[name].read_bytes(), _TYPES[files[name].suffix])
 
     def _runs(self, request: Request) -> Response:
         runs, notes = self._reader(request).runs()
-        return http_util.Respond(request, pipeline_view.runs_json(runs, notes, self._facts), "application/json")
+        return http_util.Respond(request, runs_json(runs, notes, self._facts), "application/json")
 
     def _trace(self, request: Request) -> Response:
         run, blob = self._blob(request)
         return http_util.Respond(request, self._trace_json(run, blob), "application/json")
+
+    def _chrome(self, request: Request) -> Response:
+        run, blob = self._blob(request)
+        trace = decode(blob)
+        name = re.sub(r"[^\w.-]", "_", f"{run}-step-{trace.step}.json", flags=re.ASCII)
+        headers = [("Content-Disposition", f'attachment; filename="{name}"')]
+        data = json.dumps(chrome_json(trace), ensure_ascii=False, separators=(",", ":")).encode()
+        return http_util.Respond(request, data, "application/json; charset=utf-8", headers=headers)
 
     def _blob(self, request: Request) -> tuple[str, bytes]:
         """Returns the run that a request names, and the bytes of the trace."""
@@ -102,8 +114,3 @@ class PipelinePlugin(base_plugin.TBPlugin):
             raise ConfigError("this TensorBoard has no data provider; expected version 2.18 or later")
         context = contexts.from_environ(request.environ)
         return Reader(self._provider, context, request.environ.get(experiment_id.WSGI_ENVIRON_KEY, ""))
-
-
-def static_files() -> list[Any]:
-    """Returns the files of the view."""
-    return [file for file in (resources.files("modelpar.report") / "static").iterdir() if file.suffix in _TYPES]
