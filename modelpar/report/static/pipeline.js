@@ -91,16 +91,20 @@ export async function startPipelineView(element, source) {
     if (label) page.strategies.querySelector(`[aria-label="${CSS.escape(label)}"]`)?.focus();
   }
 
+  let loading = 0;
+
   /** Fetches the trace of a side and shows it, unless another one was asked for meanwhile. */
   async function load(side) {
     const choice = state.choice[side];
     let [trace, problem] = [null, null];
     if (choice.run) {
+      loading += 1;
       try {
         trace = await source.trace(choice.run, choice.step);
       } catch (error) {
         problem = `step ${choice.step} of ${choice.run} cannot be read: ${error.message}`;
       }
+      loading -= 1;
     }
     if (choice !== state.choice[side]) return;
     const wasWhole = !(state.view.to > 0) || isWhole(state.view, whole());
@@ -323,18 +327,25 @@ export async function startPipelineView(element, source) {
   });
   for (const side of SIDES) watcher.observe(panels[side].element);
 
+  const failed = (error) => page.notes.replaceChildren(h("li", {}, `the runs cannot be read: ${error.message}`));
+  await readRuns().catch(failed);
+  if (!state.data.runs.length) showStrategies();
   // what tests ask: what is shown, and where a box is
   element.pipelineView = {
     get state() {
       return { ...state, dark: element.classList.contains("dark"), frame: { ...frame } };
     },
+    redraw() {
+      frame.all = true;
+      draw();
+    },
+    get settled() {
+      return !loading && !frame.asked;
+    },
     trace: (side) => panels[side].trace,
     where: (side, rank, index, lane = "spans") => panels[side].where(state.view, rank, index, lane),
     zoom,
   };
-  const failed = (error) => page.notes.replaceChildren(h("li", {}, `the runs cannot be read: ${error.message}`));
-  await readRuns().catch(failed);
-  if (!state.data.runs.length) showStrategies();
   // a server that is gone leaves what is shown
   setInterval(() => document.hidden || readRuns().catch(() => {}), REREAD_MS);
 }
