@@ -23,6 +23,9 @@ from modelpar.planning.profile import Profile
 from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
+from modelpar.report.strips import Strip
+from modelpar.report.strips_image import comparison_image
+from modelpar.report.strips_text import draw_comparison
 from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import prediction_notes
 from modelpar.run.workers import Workers
@@ -43,7 +46,9 @@ class _Candidate:
 
 
 def compare(overrides: Sequence[str], console: Console) -> list[Row]:
-    """Predicts every combination of the values given, runs the best, prints a table and writes it to a new folder.
+    """Predicts every combination of the values given, runs the best, and shows them in a table and a picture.
+
+    Both are also written to a new folder.
 
     All combinations run on one set of workers. Each round runs every one of them for a few steps, so that a machine
     that slows down or speeds up meanwhile does so for all; a combination's time is the median over all its steps.
@@ -71,7 +76,12 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
             candidate.run = _write_run(candidate, folder.path)
     rows = best_first([_row(candidate) for candidate in candidates])
     console.print(comparison_table(rows))
+    strips = _strips(candidates)
+    if drawn := draw_comparison(strips, console.width):
+        console.print()
+        console.print(drawn)
     write(rows, folder.path)
+    comparison_image(strips).save(folder.path / "comparison.png")
     for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
         console.print(note, style="yellow", highlight=False)
     console.print(folder.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
@@ -130,10 +140,7 @@ def _what(config: DictConfig) -> str:
 def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -> None:
     """Runs all different plans in turn, round after round, on running workers."""
     comparison = candidates[0].config.comparison
-    same: dict[str, list[_Candidate]] = {}
-    for candidate in candidates:
-        same.setdefault(_runs_as(candidate), []).append(candidate)
-    turns = list(itertools.product(range(comparison.rounds), same.values()))
+    turns = list(itertools.product(range(comparison.rounds), _equal(candidates)))
     for _, equals in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
         task, plan = equals[0].task, equals[0].plan
         with task.pipeline(plan, workers) as pipeline:
@@ -142,6 +149,14 @@ def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -
             results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
         for candidate in equals:
             candidate.results += results[1:]
+
+
+def _equal(candidates: list[_Candidate]) -> list[list[_Candidate]]:
+    """Returns the candidates in groups that come to the same plan."""
+    same: dict[str, list[_Candidate]] = {}
+    for candidate in candidates:
+        same.setdefault(_runs_as(candidate), []).append(candidate)
+    return list(same.values())
 
 
 def _runs_as(candidate: _Candidate) -> str:
@@ -171,6 +186,18 @@ def _row(candidate: _Candidate) -> Row:
         peak_bytes=max(max(result.peak_bytes) for result in results) if results else max(stage_memory_bytes(plan)),
         run=str(candidate.run),
     )
+
+
+def _strips(candidates: list[_Candidate]) -> list[Strip]:
+    """Returns each plan once, with the measured step whose time is next to the median, or with the predicted step."""
+    strips = []
+    for equals in _equal(candidates):
+        rows = tuple(best_first([_row(candidate) for candidate in equals]))
+        steps = [result.timeline for candidate in equals for result in candidate.results]
+        middle = rows[0].measured_step_seconds or 0.0
+        step = min(steps, key=lambda timeline: abs(timeline.makespan - middle), default=None)
+        strips.append(Strip(rows, step or predict(equals[0].plan)))
+    return strips
 
 
 def _write_run(candidate: _Candidate, folder: Path) -> Path:

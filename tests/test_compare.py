@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import pytest
 from commands import GPT, MLP, TEXT, THREADS, call, listing
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams import plugin_data_pb2
 
@@ -16,6 +17,7 @@ from modelpar import Plan
 from modelpar.report.comparison import Row, comparison_markdown
 
 QUICK = [*THREADS, "training.batch_size=4", "pipeline.num_microbatches=2", "output.name=all"]
+FILES = {"comparison.csv", "comparison.json", "comparison.md", "comparison.png"}
 ROUNDS = ["comparison.rounds=2", "comparison.steps=2"]
 
 
@@ -71,7 +73,7 @@ def test_every_combination_is_measured_on_one_set_of_workers(folder, monkeypatch
 def test_the_files_and_the_runs_say_the_same(folder):
     assert call("compare", *MLP, *QUICK, *ROUNDS, "partition=uniform,by_flops").code == 0
     runs = {"uniform", "by_flops"}
-    assert listing(folder / "runs" / "all") == {"comparison.csv", "comparison.json", "comparison.md", *runs}
+    assert listing(folder / "runs" / "all") == {*FILES, *runs}
     rows = {row["name"]: row for row in rows_of(folder)}
     with open(folder / "runs" / "all" / "comparison.csv", newline="") as file:
         table = list(csv.DictReader(file))
@@ -164,6 +166,32 @@ def test_combinations_that_come_to_the_same_plan_share_their_numbers(folder):
     assert {tuple(row["balance"]) for row in rows} == {(2, 2)}
     ways = {(row["name"].split("=")[-1], row["measured_step_seconds"], row["bubble"]) for row in rows}
     assert len(ways) == 2
+
+
+def test_a_plan_that_several_rows_come_to_is_drawn_once(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "150")
+    words = [*MLP, *QUICK, "partition=uniform,by_parameters", "schedule=gpipe,1f1b", "measure=1"]
+    outcome = call("compare", *words, "comparison.rounds=1", "comparison.steps=1")
+    assert (outcome.code, outcome.err) == (0, "")
+    drawn = [line for line in outcome.out.splitlines() if " · 2-2 " in line]
+    schedules = [line.split()[1] for line in drawn]
+    assert sorted(schedules) == ["1f1b", "gpipe"]
+    names = [re.split(r"  +", line)[0] for line in drawn]
+    assert [set(name.removesuffix(" · 2-2").split(" = ")) for name in names] == [
+        {f"uniform {schedule}", f"by_parameters {schedule}"} for schedule in schedules
+    ]
+    assert "(" in drawn[0]  # measured, with the prediction's error
+    assert drawn[1].endswith(" predicted")
+    with Image.open(folder / "runs" / "all" / "comparison.png") as picture:
+        assert picture.size[0] == 1200
+
+
+def test_a_narrow_terminal_gets_the_table_alone(folder, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "50")
+    outcome = call("compare", *MLP, *QUICK, "measure=0", "partition=uniform,optimal")
+    assert outcome.code == 0
+    assert "╌" not in outcome.out
+    assert (folder / "runs" / "all" / "comparison.png").exists()
 
 
 def test_the_same_combination_twice_is_one(folder):

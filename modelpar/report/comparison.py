@@ -71,7 +71,7 @@ def best_first(rows: Sequence[Row]) -> list[Row]:
 def comparison_table(rows: Sequence[Row]) -> Table:
     """Returns the rows, best first, as a table for the terminal; the best row is bold."""
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=0)
-    extra = _extra(rows)
+    extra = telling(rows)
     for heading in (*extra, *_HEADINGS):
         left = heading in _LEFT  # only words may break where the terminal is narrow, never numbers
         justify: Literal["left", "right"] = "left" if left else "right"
@@ -87,7 +87,7 @@ def comparison_table(rows: Sequence[Row]) -> Table:
 
 def comparison_markdown(rows: Sequence[Row]) -> str:
     """Returns the rows, best first, as a Markdown table."""
-    extra = _extra(rows)
+    extra = telling(rows)
     headings = [*extra, *_HEADINGS]
     lines = [[heading.replace("- ", "-") for heading in headings]]
     lines += [[":--" if heading in _LEFT else "--:" for heading in headings]]
@@ -142,7 +142,7 @@ _HEADINGS = (
 _LEFT = ("name", "partition", "schedule", "balance")
 
 
-def _extra(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
+def telling(rows: Sequence[Row]) -> dict[str, Callable[[Row], str]]:
     """Returns the columns without which nobody could tell what a row is, and what they say."""
     columns: dict[str, Callable[[Row], str]] = {}
     if len({row.num_microbatches for row in rows}) > 1:

@@ -12,23 +12,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from modelpar.planning.timeline import Span, Timeline
-from modelpar.report.palette import LOOKS, look, look_key, nice_ticks
+from modelpar.report.drawing import (
+    FAINT,
+    LEGEND_LINE,
+    MARGIN,
+    PAPER,
+    SIZE,
+    SMALL,
+    TEXT,
+    TITLE_SIZE,
+    Draw,
+    TimeAxis,
+    cut_off,
+    draw_legend,
+    draw_span,
+    font,
+    legend_lines,
+    text_width,
+)
+from modelpar.report.palette import look, look_key
 from modelpar.report.units import ms, percent
 
-_MARGIN = 14
 _RIGHT = 58
 """Room for the utilization at the right."""
 _LANE, _PREDICTED_LANE, _GAP, _RANK_GAP = 26, 18, 3, 9
-_PAPER, _TEXT, _FAINT, _GRID, _IDLE = "#ffffff", "#1c1c22", "#6c6c78", "#e3e3e8", "#f4f4f6"
-_TITLE_SIZE, _SIZE, _SMALL = 16, 13, 11
-
-_Draw = ImageDraw.ImageDraw
 
 
 def timeline_image(
@@ -44,40 +54,41 @@ def timeline_image(
     last_rank = f"rank {timeline.num_ranks - 1}"
     names = [""] if predicted is None else ["predicted", "measured"]
     left = (
-        _MARGIN + _width(last_rank, _SIZE) + 8 + max(_width(name, _SMALL) for name in names) + (8 if predicted else 2)
+        MARGIN
+        + text_width(last_rank, SIZE)
+        + 8
+        + max(text_width(name, SMALL) for name in names)
+        + (8 if predicted else 2)
     )
-    right = width - _MARGIN - _RIGHT
-    end = max(each.makespan for each, _ in lanes)
-    scale = (right - left) / end if end > 0 else 0.0
+    axis = TimeAxis(max(each.makespan for each, _ in lanes), left, width - MARGIN - _RIGHT)
 
     head = _heading(title, timeline, predicted, width)
-    top = _MARGIN + len(head) * 22 + 6
+    top = MARGIN + len(head) * 22 + 6
     rank_height = sum(height for _, height in lanes) + _GAP * (len(lanes) - 1)
-    axis = top + timeline.num_ranks * (rank_height + _RANK_GAP)
-    legend = _legend_lines((span for each, _ in lanes for span in each.spans), width)
-    image = Image.new("RGB", (width, axis + 34 + 22 * len(legend) + _MARGIN), _PAPER)
+    bottom = top + timeline.num_ranks * (rank_height + _RANK_GAP)
+    legend = legend_lines((span for each, _ in lanes for span in each.spans), width)
+    image = Image.new("RGB", (width, bottom + 34 + LEGEND_LINE * len(legend) + MARGIN), PAPER)
     draw = ImageDraw.Draw(image)
 
     for line, (text, at, size, colour) in enumerate(head):
-        draw.text((at, _MARGIN + 22 * line + 9), text, colour, _font(size), anchor="lm")
-    _draw_axis(draw, end, scale, left, right, top, axis)
-    styles = [_label_styles(each, scale, height) for each, height in lanes]
+        draw.text((at, MARGIN + 22 * line + 9), text, colour, font(size), anchor="lm")
+    axis.draw(draw, top, bottom)
+    styles = [_label_styles(each, axis, height) for each, height in lanes]
     for rank in range(timeline.num_ranks):
         y = top + rank * (rank_height + _RANK_GAP)
-        draw.text((_MARGIN, y + rank_height / 2), f"rank {rank}", _TEXT, _font(_SIZE), anchor="lm")
+        draw.text((MARGIN, y + rank_height / 2), f"rank {rank}", TEXT, font(SIZE), anchor="lm")
         for (each, height), name, label_styles in zip(lanes, names, styles, strict=True):
-            draw.text((left - 8, y + height / 2), name, _FAINT, _font(_SMALL), anchor="rm")
-            draw.rectangle((left, y, right - 1, y + height - 1), _IDLE)
-            for x in _tick_positions(end, scale, left, right):
-                draw.line((x, y, x, y + height - 1), _GRID)
+            draw.text((left - 8, y + height / 2), name, FAINT, font(SMALL), anchor="rm")
+            axis.draw_lane(draw, y, height)
             for span in each.of_rank(rank):
-                _draw_span(image, draw, span, left, scale, y, height, label_styles)
+                box = draw_span(image, draw, span, axis, y, height)
+                if span.kind in label_styles:
+                    _draw_label(draw, span, box, y + height / 2, label_styles[span.kind])
             shown = percent(each.utilization(rank)) if rank < each.num_ranks else ""
-            colour, size = (_TEXT, _SIZE) if height == _LANE else (_FAINT, _SMALL)
-            draw.text((width - _MARGIN, y + height / 2), shown, colour, _font(size), anchor="rm")
+            colour, size = (TEXT, SIZE) if height == _LANE else (FAINT, SMALL)
+            draw.text((width - MARGIN, y + height / 2), shown, colour, font(size), anchor="rm")
             y += height + _GAP
-    for line, entries in enumerate(legend):
-        _draw_legend_line(image, draw, entries, axis + 34 + 22 * line)
+    draw_legend(image, draw, legend, bottom + 34)
     return image
 
 
@@ -89,17 +100,12 @@ def _heading(
     if predicted is not None:
         numbers += f" (predicted {ms(predicted.makespan)}, {percent(predicted.bubble)})"
     if not title:
-        return [(numbers, _MARGIN, _SIZE, _TEXT)]
-    room = width - 2 * _MARGIN
+        return [(numbers, MARGIN, SIZE, TEXT)]
+    room = width - 2 * MARGIN
     together = f"{title}  ·  {numbers}"
-    if _width(together, _TITLE_SIZE) <= room:
-        return [(together, _MARGIN, _TITLE_SIZE, _TEXT)]
-    while title and _width(title + "…", _TITLE_SIZE) > room:
-        title = title[:-1]
-        if _width(title + "…", _TITLE_SIZE) <= room:
-            title += "…"
-            break
-    return [(title, _MARGIN, _TITLE_SIZE, _TEXT), (numbers, _MARGIN, _SIZE, _TEXT)]
+    if text_width(together, TITLE_SIZE) <= room:
+        return [(together, MARGIN, TITLE_SIZE, TEXT)]
+    return [(cut_off(title, TITLE_SIZE, room), MARGIN, TITLE_SIZE, TEXT), (numbers, MARGIN, SIZE, TEXT)]
 
 
 _LabelStyle = tuple[bool, int]
@@ -114,114 +120,27 @@ def _label(span: Span, letter: bool) -> str:
     return f"{mark}{span.microbatch}" if letter else str(span.microbatch)
 
 
-def _label_styles(timeline: Timeline, scale: float, height: int) -> dict[str, _LabelStyle]:
+def _label_styles(timeline: Timeline, axis: TimeAxis, height: int) -> dict[str, _LabelStyle]:
     """Returns per kind the largest style that fits into most of its boxes, so that all boxes of a kind look alike."""
     of_kind: dict[str, list[Span]] = {}
     for span in timeline.spans:
         of_kind.setdefault(span.kind, []).append(span)
     styles: dict[str, _LabelStyle] = {}
     for kind, spans in of_kind.items():
-        for letter, size in ((True, _SIZE), (True, _SMALL), (False, _SMALL), (False, 9)):
+        for letter, size in ((True, SIZE), (True, SMALL), (False, SMALL), (False, 9)):
             size = min(size, height - 6)
-            fitting = sum(_width(_label(span, letter), size) + 4 <= round(span.seconds * scale) for span in spans)
+            fitting = sum(
+                text_width(_label(span, letter), size) + 4 <= axis.x(span.seconds) - axis.left for span in spans
+            )
             if fitting >= 0.7 * len(spans):
                 styles[kind] = (letter, size)
                 break
     return styles
 
 
-def _draw_span(
-    image: Image.Image,
-    draw: _Draw,
-    span: Span,
-    left: int,
-    scale: float,
-    y: int,
-    height: int,
-    styles: Mapping[str, _LabelStyle],
-) -> None:
-    """Draws one box. Ends are rounded alike everywhere, so that neighbours touch and never overlap."""
-    x0, x1 = left + round(span.start * scale), left + round(span.end * scale)
-    chosen = look(look_key(span))
-    if span.kind == "wait":
-        if x1 > x0:
-            _draw_hatched(image, (x0, y, x1, y + height), chosen.colour)
-        return
-    x1 = max(x1, x0 + 1)
-    draw.rectangle((x0, y, x1 - 1, y + height - 1), chosen.colour)
-    if x1 - x0 >= 4:
-        draw.line((x1 - 1, y, x1 - 1, y + height - 1), _PAPER)
-    if span.kind in styles:
-        letter, size = styles[span.kind]
-        text = _label(span, letter)
-        if _width(text, size) + 2 <= x1 - x0:
-            draw.text(((x0 + x1 - 1) / 2, y + height / 2), text, chosen.ink, _font(size), anchor="mm")
-
-
-def _draw_hatched(image: Image.Image, area: tuple[int, int, int, int], colour: str) -> None:
-    """Fills an area with pale diagonal lines; each is cut off at the area's edges."""
-    width, height = area[2] - area[0], area[3] - area[1]
-    tile = Image.new("RGB", (width, height), "#fbfbfc")
-    draw = ImageDraw.Draw(tile)
-    for x in range(-height - area[0] % 6, width, 6):
-        draw.line((x, height, x + height, 0), colour, 2)
-    image.paste(tile, area[:2])
-
-
-def _tick_positions(end: float, scale: float, left: int, right: int) -> list[int]:
-    return [left + round(tick / 1e3 * scale) for tick in _ticks(end, right - left)]
-
-
-def _ticks(end: float, pixels: int) -> list[float]:
-    """Returns the ticks in ms, at least 80 pixels apart."""
-    return nice_ticks(end * 1e3, max(pixels // 80, 1))
-
-
-def _draw_axis(draw: _Draw, end: float, scale: float, left: int, right: int, top: int, axis: int) -> None:
-    """Draws the grid behind the lanes, and the axis with its ticks in ms below them."""
-    ticks = _ticks(end, right - left)
-    for tick, x in zip(ticks, _tick_positions(end, scale, left, right), strict=True):
-        draw.line((x, top, x, axis + 4), _GRID)
-        draw.text((x, axis + 14), f"{tick:.6g}", _FAINT, _font(_SMALL), anchor="mm")
-    draw.line((left, axis, right, axis), _FAINT)
-    draw.text((right + 14, axis + 14), "ms", _FAINT, _font(_SMALL), anchor="lm")
-
-
-_Legend = list[tuple[str, str, int]]
-
-
-def _legend_lines(spans: Iterable[Span], width: int) -> list[_Legend]:
-    """Returns the kinds that occur as lines of (key, name, x), wrapped to the width."""
-    present = {look_key(span) for span in spans}
-    keys = [key for key in LOOKS if key in present] + sorted(present - set(LOOKS))
-    lines: list[_Legend] = [[]]
-    x = _MARGIN
-    for key, name in [*((key, look(key).name) for key in keys), ("", "idle")]:
-        needed = 22 + 6 + _width(name, _SMALL)
-        if x + needed > width - _MARGIN and lines[-1]:
-            lines.append([])
-            x = _MARGIN
-        lines[-1].append((key, name, x))
-        x += needed + 18
-    return lines
-
-
-def _draw_legend_line(image: Image.Image, draw: _Draw, entries: Sequence[tuple[str, str, int]], y: int) -> None:
-    for key, name, x in entries:
-        chosen = look(key)
-        if key.startswith("wait "):
-            _draw_hatched(image, (x, y, x + 22, y + 16), chosen.colour)
-        else:
-            draw.rectangle((x, y, x + 21, y + 15), chosen.colour if key else _IDLE)
-            if key:
-                draw.text((x + 11, y + 8), chosen.letter, chosen.ink, _font(_SMALL), anchor="mm")
-        draw.text((x + 28, y + 8), name, _TEXT, _font(_SMALL), anchor="lm")
-
-
-@cache
-def _font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    return ImageFont.load_default(size)
-
-
-def _width(text: str, size: int) -> int:
-    return round(_font(size).getlength(text)) if text else 0
+def _draw_label(draw: Draw, span: Span, box: tuple[int, int], middle: float, style: _LabelStyle) -> None:
+    """Writes into a box, from and to the pixels given, what is in it, if that fits."""
+    letter, size = style
+    text = _label(span, letter)
+    if span.kind != "wait" and text_width(text, size) + 2 <= box[1] - box[0]:
+        draw.text(((box[0] + box[1] - 1) / 2, middle), text, look(look_key(span)).ink, font(size), anchor="mm")

@@ -15,11 +15,9 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
@@ -27,8 +25,8 @@ from modelpar.planning.balance import imbalance
 from modelpar.planning.memory import peak_microbatches_per_stage, stage_memory_bytes
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
-from modelpar.planning.timeline import Span, Timeline
-from modelpar.report.palette import LOOKS, look, look_key, nice_ticks
+from modelpar.planning.timeline import Timeline
+from modelpar.report.boxes import axis_text, box_text, boxes_of, legend_text, numbered_kinds
 from modelpar.report.units import count, error, megabytes, ms, percent
 
 
@@ -182,16 +180,16 @@ def draw_timeline(timeline: Timeline, width: int = 80) -> Text:
     label = len(f"rank {timeline.num_ranks - 1}")
     cells = max(width - label - len(" ││ 100 %"), 10)
     end = timeline.makespan
-    boxes = [_boxes(timeline.of_rank(rank), end, cells) for rank in range(timeline.num_ranks)]
-    numbered = _numbered_kinds([one for row in boxes for one in row])
+    boxes = [boxes_of(timeline.of_rank(rank), end, cells) for rank in range(timeline.num_ranks)]
+    numbered = numbered_kinds([one for row in boxes for one in row])
     text = Text(no_wrap=True, overflow="ignore", end="")
     for rank, row in enumerate(boxes):
         text.append(f"rank {rank}".ljust(label) + " │")
         for span, length in row:
-            text.append_text(_box(span, length, numbered))
+            text.append_text(box_text(span, length, numbered))
         text.append(f"│{100 * timeline.utilization(rank):4.0f} %\n")
-    text.append_text(Text(" " * (label + 2) + _axis(end, cells) + " ms\n", style="dim"))
-    text.append_text(_legend(timeline, label + 2, width))
+    text.append_text(Text(" " * (label + 2) + axis_text(end, cells) + " ms\n", style="dim"))
+    text.append_text(legend_text(timeline.spans, label + 2, width))
     return text
 
 
@@ -268,87 +266,3 @@ def _table(title: str = "", caption: str = "") -> Table:
 def _run_of(names: Sequence[str]) -> str:
     """Returns e.g. "embed … h2 (4)"; up to two names in full."""
     return f"{', '.join(names)} ({len(names)})" if len(names) <= 2 else f"{names[0]} … {names[-1]} ({len(names)})"
-
-
-_Box = tuple[Span | None, int]
-"""A span, or None for idle time, and how many cells show it."""
-
-
-def _boxes(spans: Sequence[Span], end: float, cells: int) -> list[_Box]:
-    """Returns one rank's cells as runs of cells that show the same span."""
-    runs = groupby(_majority(spans, end, cells))
-    return [(spans[index] if index >= 0 else None, len(list(run))) for index, run in runs]
-
-
-def _numbered_kinds(boxes: Sequence[_Box]) -> set[str]:
-    """Returns the kinds of which at least half of the boxes have room for the longest label."""
-    rooms: dict[str, list[int]] = {}
-    longest: dict[str, int] = {}
-    for span, length in boxes:
-        if span is not None and span.microbatch >= 0:
-            rooms.setdefault(span.kind, []).append(length)
-            longest[span.kind] = max(longest.get(span.kind, 0), 1 + len(str(span.microbatch)))
-    return {kind for kind, lengths in rooms.items() if sorted(lengths)[len(lengths) // 2] >= longest[kind]}
-
-
-def _box(span: Span | None, length: int, numbered: set[str]) -> Text:
-    """Returns one box of `length` cells."""
-    if span is None:
-        return Text("·" * length, style="dim")
-    chosen = look(look_key(span))
-    if span.kind == "wait":
-        return Text(chosen.fill * length, style=chosen.colour)
-    label = f"{chosen.letter}{span.microbatch}" if span.kind in numbered and span.microbatch >= 0 else chosen.letter
-    shown = label if len(label) <= length else chosen.letter
-    return Text(shown.ljust(length, chosen.fill), style=Style(color=chosen.ink, bgcolor=chosen.colour))
-
-
-def _majority(spans: Sequence[Span], end: float, cells: int) -> list[int]:
-    """Returns per cell the index of the span that fills most of it, −1 where idle time does."""
-    best = [-1] * cells
-    if end <= 0:
-        return best
-    seconds = end / cells
-    most, filled = [0.0] * cells, [0.0] * cells
-    for index, span in enumerate(spans):
-        for cell in range(int(span.start / seconds), min(int(span.end / seconds) + 1, cells)):
-            overlap = min(span.end, (cell + 1) * seconds) - max(span.start, cell * seconds)
-            filled[cell] += max(overlap, 0.0)
-            if overlap > most[cell] * (1 + 1e-9):
-                best[cell], most[cell] = index, overlap
-    return [-1 if seconds - filled[c] > most[c] * (1 + 1e-9) else best[c] for c in range(cells)]
-
-
-def _axis(end: float, cells: int) -> str:
-    """Returns the ticks in ms under the cells, each number beginning at its time."""
-    line = [" "] * cells
-    for tick in nice_ticks(end * 1e3, max(cells // 8, 2)):
-        number = f"{tick:.6g}"
-        at = round(tick / (end * 1e3) * cells) if end else 0
-        if at + len(number) <= cells:
-            line[at : at + len(number)] = number
-    return "".join(line)
-
-
-def _legend(timeline: Timeline, indent: int, width: int) -> Text:
-    """Returns the kinds that occur, wrapped to the width."""
-    present = {look_key(span) for span in timeline.spans}
-    entries: list[tuple[str, Style | str, str]] = []
-    for key in [k for k in LOOKS if k in present] + sorted(present - set(LOOKS)):
-        chosen = look(key)
-        wait = key.startswith("wait ")
-        style: Style | str = chosen.colour if wait else Style(color=chosen.ink, bgcolor=chosen.colour)
-        entries.append(((chosen.letter + chosen.fill * 2)[:3], style, chosen.name))
-    entries.append(("···", "dim", "idle"))
-    text, used = Text(" " * indent), indent
-    for mark, style, name in entries:
-        length = len(mark) + 1 + len(name) + 2
-        if used + length - 2 > width and used > indent:
-            text.rstrip()
-            text.append("\n" + " " * indent)
-            used = indent
-        text.append(mark, style=style)
-        text.append(f" {name}  ")
-        used += length
-    text.rstrip()
-    return text
