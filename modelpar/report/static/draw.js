@@ -57,15 +57,17 @@ export function drawLane(context, spans, lane, scale, view, brush, only = null) 
   for (let i = first; i < last; i += 1) {
     const span = spans[i];
     if (only && !only(span, i)) continue;
-    const x0 = Math.max(Math.round(scale.x(span[1])), scale.left - 1);
-    const x1 = Math.min(Math.round(scale.x(span[2])), scale.right + 1);
-    if (x1 <= x0) {
-      if (x0 !== pixel) flush();
-      pixel = x0;
+    const seconds = span[2] - span[1];
+    if (seconds * scale.perSecond < 1) {
+      const at = Math.floor(scale.x(span[1] + seconds / 2));
+      if (at !== pixel) flush();
+      pixel = at;
       within = within || new Map();
-      within.set(span[0], (within.get(span[0]) || 0) + span[2] - span[1]);
+      within.set(span[0], (within.get(span[0]) || 0) + seconds);
       continue;
     }
+    const x0 = Math.max(Math.round(scale.x(span[1])), scale.left - 1);
+    const x1 = Math.min(Math.round(scale.x(span[2])), scale.right + 1);
     add(span[0], x0, x1 - x0);
     if (x1 - x0 >= 6 && !isWait(span[0])) wide.push(span, x0, x1);
   }
@@ -201,29 +203,46 @@ function drawMemory(context, rank, lane, { scale, top, trace }, brush) {
 }
 
 /** Threads a line through the boxes that, one after the other, took the whole step. */
-function drawCritical(context, { trace, rows, scale, view }, colours) {
+function drawCritical(context, { trace, rows, scale }, colours) {
   const bar = rows.many ? 2 : 3;
   context.fillStyle = context.strokeStyle = colours.critical;
   context.lineWidth = 1;
-  let before = null;
   const links = new Path2D();
+  const linked = new Set(); // pixels with a link between two ranks: one is enough
+  let along = null; // {rank, x0, x1}: a stretch of boxes on one rank
+  let until = 0;
+  const draw = ({ rank, x0, x1 }) => {
+    if (x1 < scale.left || x0 > scale.right) return;
+    const { y, height } = rows.ranks[rank].measured;
+    context.fillRect(x0, y + height - bar, Math.max(x1 - x0, 1), bar);
+  };
+  const link = (from, to) => {
+    const pixel = (from.rank * trace.ranks.length + to.rank) * 65536 + from.x1;
+    if (linked.has(pixel) || to.x0 < scale.left || from.x1 > scale.right) return;
+    linked.add(pixel);
+    const [a, b] = [rows.ranks[from.rank].measured, rows.ranks[to.rank].measured];
+    const down = to.rank > from.rank;
+    links.moveTo(from.x1 - 0.5, a.y + a.height - (down ? 0 : bar));
+    links.lineTo(from.x1 - 0.5, down ? b.y - 2 : b.y + b.height + 3);
+    links.lineTo(to.x0 + 0.5, down ? b.y + b.height - bar : b.y + b.height);
+  };
   for (const [rank, index] of trace.critical) {
-    const span = trace.ranks[rank].spans[index];
-    const lane = rows.ranks[rank].measured;
-    const y = lane.y + lane.height - bar;
-    const begin = span[0].startsWith("wait") && before ? Math.min(Math.max(span[1], before.end), span[2]) : span[1];
-    const [x0, x1] = [scale.x(begin), scale.x(span[2])];
-    if (before && before.rank !== rank && x1 >= scale.left && before.x <= scale.right) {
-      const down = y > before.y;
-      links.moveTo(before.x, before.y + (down ? bar : 0));
-      links.lineTo(before.x, down ? lane.y - 2 : y + bar + 3);
-      links.lineTo(x0, down ? lane.y + 1 : y + bar);
+    const [look, start, end] = trace.ranks[rank].spans[index];
+    const begin = isWait(look) ? Math.min(Math.max(start, until), end) : start; // before that nothing was under way
+    until = end;
+    const [x0, x1] = [Math.round(scale.x(begin)), Math.round(scale.x(end))];
+    if (along && along.rank === rank && x0 <= along.x1 + 1) {
+      along.x1 = x1;
+      continue;
     }
-    if (span[2] >= view.from && span[1] <= view.to) {
-      context.fillRect(Math.round(x0), y, Math.max(Math.round(x1) - Math.round(x0), 1), bar);
+    const next = { rank, x0, x1 };
+    if (along) {
+      draw(along);
+      if (along.rank !== rank) link(along, next);
     }
-    before = { rank, x: Math.round(x1) - 0.5, y, end: span[2] };
+    along = next;
   }
+  if (along) draw(along);
   context.stroke(links);
 }
 

@@ -21,6 +21,8 @@ export async function render() {
   document.documentElement.lang = "en";
   const element = document.createElement("main");
   document.body.append(element);
+  // keys go to the frame that has the focus: this one, once the pointer is over it
+  element.addEventListener("pointerenter", () => document.hasFocus() || window.focus());
   await loaded; // the canvas takes its colours from it
   await startPipelineView(element, {
     runs: () => load("./runs"),

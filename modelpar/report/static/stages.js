@@ -84,7 +84,7 @@ function differenceRow(a, b) {
     ...(a.layers || []).filter((layer) => !(b.layers || []).includes(layer)).map((layer) => `−${layer}`),
   ];
   const sum = (stage) => Object.values(stage.waits || {}).reduce((x, y) => x + y, 0);
-  const number = (text, share = "") => h("td", { class: "number" }, share ? h("small", {}, share) : null, text);
+  const number = (text, share = "") => h("td", { class: "number" }, share ? h("small", {}, share) : null, share ? " " : null, text);
   const points = (b.critical_share || 0) - (a.critical_share || 0);
   return h(
     "tr",
