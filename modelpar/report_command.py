@@ -40,8 +40,8 @@ def report(paths: Sequence[str], output: str) -> Path:
     runs, notes = Reader(provider).runs()
     with_traces = [run for run in runs if run.blobs]
     if not with_traces:
-        said = "; ".join([*(f"{run.name} {run.problem}" for run in runs[:1]), *notes])
-        raise ConfigError(f"{', '.join(paths)}: {said}")
+        problem = next((run.problem for run in runs if run.problem), None)
+        raise ConfigError(f"{', '.join(paths)} {problem or f'holds no traces: {notes[0]}'}")
     try:
         if path.name.endswith(".html"):
             texts = {run.name: _texts(run, RunDir(Path(folders[run.name]))) for run in with_traces}

@@ -13,7 +13,7 @@ from modelpar.planning.timeline import Span, Timeline
 SCRIPTS = Path(__file__).parent.parent / "scripts"
 sys.path.append(str(SCRIPTS))
 
-from benchmarks import actions, load, stats  # noqa: E402
+from benchmarks import actions, load, recording, stats  # noqa: E402
 from benchmarks.hosts import Host, HostError  # noqa: E402
 from benchmarks.markdown import table  # noqa: E402
 from benchmarks.rounds import QUIET, Round, interleave, keep_quiet  # noqa: E402
@@ -69,6 +69,14 @@ def test_the_parts_of_a_step_add_up_to_it():
     found = actions.parts(Timeline.of(2, spans))
     assert found == {"compute": 2, "send": 0.5, "hand-off": 2, "end": 1, "bookkeeping": 2.5}
     assert sum(found.values()) == 8
+
+
+def test_recording_is_measured_with_what_records():
+    timeline = Timeline.of(2, [Span(0, "F", 0, 2), Span(0, "B", 3, 4), Span(1, "F", 1, 4)])
+    assert recording.idle_shares(timeline) == [0.25, 0.25]
+    assert recording.sending_seconds(timeline) > 0
+    assert recording.shift_seconds(timeline) > 0
+    assert recording.event_seconds() > 0
 
 
 def test_foreign_load_is_what_the_machine_did_and_we_did_not():

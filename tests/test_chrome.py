@@ -170,20 +170,20 @@ def sending(sent: tuple[float, float], used: tuple[float, float]) -> Timeline:
 def test_an_arrow_begins_earlier_where_its_target_began_before_the_send_was_over() -> None:
     [arrow] = check(chrome_trace(sending((1.0, 2.0), (1.5, 3.0)), CHAIN, (0, 1)))
     assert (arrow.source["name"], arrow.target["name"]) == ("send", "F0")
-    assert arrow.start["ts"] == arrow.end["ts"] == 1500
+    assert (ns(arrow.start["ts"]), ns(arrow.end["ts"])) == (1_500_001, 1_500_001)
     [arrow] = check(chrome_trace(sending((1.0, 2.0), (2.5, 3.0)), CHAIN, (0, 1)))
-    assert (arrow.start["ts"], arrow.end["ts"]) == (pytest.approx(1999.999), 2500)
+    assert (ns(arrow.start["ts"]), ns(arrow.end["ts"])) == (1_999_999, 2_500_001)
 
 
 def test_an_arrow_ends_later_where_clocks_put_its_target_before_the_send() -> None:
     [arrow] = check(chrome_trace(sending((1.0, 2.0), (0.9, 3.0)), CHAIN, (0, 1)))
-    assert arrow.start["ts"] == arrow.end["ts"] == 1000
+    assert (ns(arrow.start["ts"]), ns(arrow.end["ts"])) == (1_000_001, 1_000_001)
 
 
 @pytest.mark.parametrize(
     "timeline",
-    [sending((1.0, 2.0), (0.2, 0.7)), sending((1.0, 1.0), (2.0, 3.0)), sending((1.0, 2.0), (2.0, 2.0))],
-    ids=["used before it was sent", "sent in no time", "used in no time"],
+    [sending((1.0, 2.0), (0.2, 0.7)), sending((1.0, 1.000001), (2.0, 3.0)), sending((1.0, 2.0), (2.0, 2.000001))],
+    ids=["used before it was sent", "sent in a nanosecond", "used in a nanosecond"],
 )
 def test_arrows_that_cannot_be_drawn_are_left_out_and_counted(timeline: Timeline) -> None:
     trace = chrome_trace(timeline, CHAIN, (0, 1))
@@ -245,6 +245,7 @@ def first(trace: dict[str, Any], **values: Any) -> Event:
         (lambda t: first(t, ph="f").pop("bp"), "slice after it"),
         (lambda t: first(t, ph="f").update(id=999), "has none"),
         (lambda t: first(t, ph="f", name="gradients").update(tid=10_001), "in no slice|another process"),
+        (lambda t: first(t, ph="f").update(ts=float(round(first(t, ph="f")["ts"]))), "on its edge"),
         (lambda t: t["traceEvents"].remove(first(t, name="thread_name")), "has no name"),
         (lambda t: first(t, name="thread_name").update(tid=2), "number of a process|has no name"),
         (lambda t: t.update(displayTimeUnit="s"), "display unit"),

@@ -19,6 +19,7 @@ from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.schedule import Schedule
 from modelpar.planning.simulate import StageCost, simulate
 from modelpar.planning.timeline import Span, Timeline
+from modelpar.report import image
 from modelpar.report.comparison import Row, best_first, comparison_markdown, comparison_table, write
 from modelpar.report.image import timeline_image
 from modelpar.report.palette import LOOKS, look_key, nice_ticks
@@ -139,6 +140,16 @@ def test_a_drawn_timeline_names_everything_a_measured_step_has() -> None:
     ):
         assert name in text
     assert "recompute" not in text
+
+
+def test_a_timeline_of_several_clocks_says_how_exact_they_are() -> None:
+    exact = measured_timeline()
+    loose = Timeline(exact.num_ranks, exact.spans, clock_error=0.00012)
+    assert shown(draw_timeline(loose, 120)) == [*shown(draw_timeline(exact, 120)), " " * 8 + "clocks ± 0.12 ms"]
+    ((numbers, *_),) = image._heading("", loose, None, 1200)
+    assert numbers.endswith(" %, clocks ± 0.12 ms")
+    ((numbers, *_),) = image._heading("", exact, None, 1200)
+    assert "clocks" not in numbers
 
 
 def test_an_empty_timeline_can_be_drawn() -> None:

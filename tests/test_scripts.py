@@ -293,8 +293,11 @@ def test_wheel_holds_every_file_and_finds_its_configs(tmp_path: Path) -> None:
     (wheel,) = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
+        (listed,) = (name for name in names if name.endswith(".dist-info/entry_points.txt"))
+        points = archive.read(listed).decode()
     assert {name for name in names if name.startswith("modelpar/")} == expected
     assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "[tensorboard_plugins]\nmodelpar = modelpar.report.tensorboard.plugin:PipelinePlugin" in points
 
     subprocess.run([*pip, "install", *offline, "--target", site, wheel], check=True)
     code = f"import sys; sys.path.insert(0, {str(site)!r}); from modelpar.paths import config_dir; print(config_dir())"

@@ -40,12 +40,13 @@ def packed(data: dict[str, Any]) -> bytes:
 
 def test_a_trace_comes_back_as_it_was() -> None:
     plan = replace(small_plan(schedules.one_f_one_b(3, 5)), generator=schedules.one_f_one_b)
-    trace = Trace(plan, 99, predict(plan), (3, 2, 1), measured=False, schedule="1f1b")
+    timeline = replace(predict(plan), clock_error=0.00125)
+    trace = Trace(plan, 99, timeline, (3, 2, 1), measured=False, schedule="1f1b")
     found = decode(encode(trace))
     assert found.plan == plan
     assert found.plan.generator is schedules.one_f_one_b
     assert (found.step, found.peak_bytes, found.measured, found.schedule) == (99, (3, 2, 1), False, "1f1b")
-    assert found.timeline == trace.timeline
+    assert found.timeline == timeline
     assert encode(found) == encode(trace)
 
 

@@ -151,12 +151,12 @@ def trace() -> Trace:
     """A step in which stage 1 took twice as long as planned."""
     plan = chain_plan(schedules.one_f_one_b(2, 4), [1.0, 1.0], Link(0.25, send_seconds=0.125), memory=(1000, None))
     slow = predict(chain_plan(plan.schedule, [1.0, 2.0], plan.cluster.link))
-    return Trace(plan, 7, slow, (900, 800), schedule="1f1b")
+    return Trace(plan, 7, replace(slow, clock_error=0.5), (900, 800), schedule="1f1b")
 
 
 def test_a_trace_shows_every_span_in_order(trace: Trace) -> None:
     found = trace_json("a run", trace)
-    assert (found["run"], found["step"], found["measured"], found["clock_error"]) == ("a run", 7, True, 0.0)
+    assert (found["run"], found["step"], found["measured"], found["clock_error"]) == ("a run", 7, True, 0.5)
     assert found["makespan"] == trace.timeline.makespan
     assert found["predicted_makespan"] == predict(trace.plan).makespan < found["makespan"]
     for rank, shown in enumerate(found["ranks"]):

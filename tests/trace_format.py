@@ -1,8 +1,8 @@
 """Checks any object against the Trace Event Format, as Perfetto and chrome://tracing read it.
 
 Perfetto goes through the events once, in order of time. It binds each end of an arrow to the slice that is open on the
-same lane then, drops slices that overlap their neighbours, and cuts times off to whole nanoseconds in some versions and
-rounds them in others.
+same lane then (chrome://tracing, on the edge between two, to the first), drops slices that overlap their neighbours,
+and cuts times off to whole nanoseconds in some versions and rounds them in others.
 """
 
 from __future__ import annotations
@@ -127,7 +127,7 @@ def _arrows(timed: list[Event]) -> list[Arrow]:
             continue
         around = top.get(event["tid"])
         assert around is not None, f"{event} lies in no slice"
-        assert ns(around["ts"]) <= ns(event["ts"]) < end_of(around), f"{event} lies in no slice"
+        assert ns(around["ts"]) < ns(event["ts"]) < end_of(around), f"{event} lies in no slice, or on its edge"
         key = (event["id"], event["cat"], event["name"])
         if event["ph"] == "s":
             assert key not in begun, f"two arrows begin as {key}"

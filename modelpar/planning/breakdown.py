@@ -114,26 +114,24 @@ class _Replay:
         spans, usual = flow.timeline.spans, usual_transfers(flow)
         order = sorted((i for i, s in enumerate(spans) if s.kind != "wait"), key=lambda i: (spans[i].start, i))
         position = {i: place for place, i in enumerate(order)} | {-1: -1}
+        before = [_working(flow, i) for i in flow.previous]
+        ready = [spans[i].end if i >= 0 else 0.0 for i in before]
+        """When each span could begin: what its rank did before has ended, the last thing it waited for is there."""
+        for arrow in flow.arrows:
+            if arrow.wait >= 0:
+                ready[arrow.target] = max(ready[arrow.target], spans[arrow.wait].end)
         arrivals: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
-        ready: defaultdict[int, float] = defaultdict(float)
-        """When the last value that a span waited for was there."""
         for arrow in flow.arrows:
             source, target = spans[arrow.source], spans[arrow.target]
             if arrow.wait >= 0:
                 transfer = spans[arrow.wait].end - source.end
-                ready[arrow.target] = max(ready[arrow.target], spans[arrow.wait].end)
             else:  # it was there in time, nobody knows since when
-                transfer = min(usual.get(target.kind, 0.0), target.start - source.end)
+                transfer = min(usual.get(target.kind, 0.0), ready[arrow.target] - source.end)
             if target.kind == "wait" or position[arrow.source] < position[arrow.target]:
                 arrivals[arrow.target].append((position[arrow.source], transfer))
-        self._items = []
-        for i in order:
-            before = flow.previous[i]
-            while before >= 0 and spans[before].kind == "wait":
-                before = flow.previous[before]
-            free = spans[before].end if before >= 0 else 0.0
-            gap = max(0.0, spans[i].start - max(free, ready[i]))
-            self._items.append(_Item(spans[i], position[before], gap, tuple(arrivals[i])))
+        self._items = [
+            _Item(spans[i], position[before[i]], max(0.0, spans[i].start - ready[i]), tuple(arrivals[i])) for i in order
+        ]
         self._last_waits = [arrival for i, s in enumerate(spans) if s.kind == "wait" for arrival in arrivals[i]]
 
     def makespan(self, seconds: Callable[[Span], float], *, gaps: bool = True, transfers: bool = True) -> float:
@@ -150,3 +148,10 @@ class _Replay:
             starts.append(start)
             ends.append(start + seconds(item.span))
         return max([0.0, *ends, *(arrival(*each) for each in self._last_waits)])
+
+
+def _working(flow: Flow, span: int) -> int:
+    """Returns a span, or where it is a wait the last one before it on its rank that is none; −1 where there is none."""
+    while span >= 0 and flow.timeline.spans[span].kind == "wait":
+        span = flow.previous[span]
+    return span

@@ -37,13 +37,16 @@ class Timeline:
 
     num_ranks: int
     spans: tuple[Span, ...]
+    clock_error: float = 0.0
+    """By how many seconds any time may be off against those of other ranks; 0 where all have one clock."""
 
     @classmethod
-    def of(cls, num_ranks: int, spans: Iterable[Span]) -> Timeline:
+    def of(cls, num_ranks: int, spans: Iterable[Span], clock_error: float = 0.0) -> Timeline:
         """Builds a timeline from spans on any common clock: shifts the first start to 0 and sorts by rank and start."""
         ordered = sorted(spans, key=lambda span: (span.rank, span.start, span.end))
         origin = min((span.start for span in ordered), default=0.0)
-        return cls(num_ranks, tuple(s._replace(start=s.start - origin, end=s.end - origin) for s in ordered))
+        shifted = tuple(s._replace(start=s.start - origin, end=s.end - origin) for s in ordered)
+        return cls(num_ranks, shifted, clock_error)
 
     @property
     def makespan(self) -> float:
@@ -70,9 +73,10 @@ class Timeline:
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json."""
-        return {"num_ranks": self.num_ranks, "spans": [list(span) for span in self.spans]}
+        spans = [list(span) for span in self.spans]
+        return {"num_ranks": self.num_ranks, "clock_error": self.clock_error, "spans": spans}
 
     @classmethod
     def from_json(cls, data: dict[str, Any]) -> Timeline:
-        """Reads what `to_json` wrote."""
-        return cls(data["num_ranks"], tuple(Span(*span) for span in data["spans"]))
+        """Reads what `to_json` wrote, also before it wrote `clock_error`."""
+        return cls(data["num_ranks"], tuple(Span(*span) for span in data["spans"]), data.get("clock_error", 0.0))

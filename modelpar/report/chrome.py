@@ -129,12 +129,13 @@ class _Part(NamedTuple):
     def arrow(self, source: int, target: int, number: int) -> list[tuple[int, int, Event]]:
         """Returns both ends of an arrow, each within its span and the second not before the first; none if that fails.
 
-        It begins with the last nanosecond of its source. A target that began before, because what sent it went on or
-        because of an error between two clocks, draws the beginning forward.
+        It leads from a nanosecond before the end of its source to one after the beginning of its target: a viewer may
+        take the edge between two slices for either. A target that began before, because what sent it went on or because
+        of an error between two clocks, draws the beginning forward.
         """
         sent, used = self.timeline.spans[source], self.timeline.spans[target]
-        begin, last = _ns(sent.start), _ns(sent.end) - 1
-        arrival = max(_ns(used.start), begin)
+        begin, last = _ns(sent.start) + 1, _ns(sent.end) - 1
+        arrival = max(_ns(used.start) + 1, begin)
         if last < begin or arrival > _ns(used.end) - 1:
             return []
         name = "activations" if used.kind == "F" else "gradients" if used.kind in COMPUTE else "step's end"

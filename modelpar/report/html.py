@@ -29,14 +29,17 @@ _PAGE = Template("""\
 $style
 </style>
 <style>
-body { margin: 0; }
-.plans { padding: 8px 16px 32px; font: 13px system-ui, sans-serif; color: CanvasText; background: Canvas; }
-.plans summary { cursor: pointer; padding: 4px 0; }
-.plans pre { overflow-x: auto; font: 12px ui-monospace, monospace; margin: 4px 0 12px 16px; }
+body { margin: 0; background: #ffffff; color: #1a1f26; }
+.plans { padding: 0 16px 32px; font: 12.5px/1.35 Roboto, "Segoe UI", "Helvetica Neue", Arial, sans-serif; }
+.plans h2 { font-size: 14px; font-weight: 600; }
+.plans h3 { font-size: 12.5px; margin: 12px 0 4px; }
+.plans summary { cursor: pointer; padding: 2px 0; }
+.plans pre { overflow-x: auto; font: 12px/1.4 ui-monospace, "DejaVu Sans Mono", monospace; margin: 4px 0 12px 16px; }
+@media (prefers-color-scheme: dark) { body { background: #1d2025; color: #e6e9ed; } }
 </style>
 </head>
 <body>
-<div id="view"></div>
+<main><div id="view"></div></main>
 <section class="plans">
 <h2>Plans</h2>
 $plans
@@ -79,10 +82,10 @@ def html_report(runs: Sequence[Run], notes: Sequence[str], texts: Mapping[str, S
     }
     return _PAGE.substitute(
         title=html.escape(", ".join(run.name for run in runs[:3]) + (", …" if len(runs) > 3 else "")),
-        style=re.sub("</(?=style)", r"<\\/", view_style(), flags=re.IGNORECASE),
+        style=re.sub("(?i)</(?=style)", r"<\\/", view_style()),
         plans="\n".join(_plan(name, parts) for name, parts in texts.items()),
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
-        script=re.sub("</(?=script)|<(?=!--)", lambda found: found[0].replace("<", "\\x3c"), view_script()),
+        script=re.sub("(?i)<(?=/script|!--)", r"\\x3c", view_script()),
     )
 
 

@@ -99,6 +99,8 @@ def _heading(
     numbers = f"makespan {ms(timeline.makespan)}, bubble {percent(timeline.bubble)}"
     if predicted is not None:
         numbers += f" (predicted {ms(predicted.makespan)}, {percent(predicted.bubble)})"
+    if timeline.clock_error:
+        numbers += f", clocks ± {ms(timeline.clock_error)}"
     if not title:
         return [(numbers, MARGIN, SIZE, TEXT)]
     room = width - 2 * MARGIN

@@ -72,7 +72,7 @@ def _bar(strip: Strip, end: float, cells: int) -> Text:
 def _strip(strip: Strip, end: float, cells: int, indent: int) -> Text:
     """Returns a line per rank, of many ranks of four."""
     timeline = strip.timeline
-    length = _cells(timeline.makespan, end, cells)
+    length = max(_cells(timeline.makespan, end, cells), 1)
     ranks = _shown_ranks(timeline.num_ranks)
     boxes = [boxes_of(timeline.of_rank(rank), timeline.makespan, length) for rank in ranks]
     numbered = numbered_kinds([one for line in boxes for one in line])

@@ -175,7 +175,8 @@ def draw_timeline(timeline: Timeline, width: int = 80) -> Text:
 
     A cell shows what filled most of it. A box begins with its letter and, where most boxes of its kind have room, its
     micro-batch; the rest is filled with ─ for forward and ═ for backward, so that both are told apart without colour.
-    Dots are idle time and waits: one for activations, two for gradients.
+    Dots are idle time and waits: one for activations, two for gradients. Where ranks have clocks of their own a line
+    says by how much these may be off.
     """
     label = len(f"rank {timeline.num_ranks - 1}")
     cells = max(width - label - len(" ││ 100 %"), 10)
@@ -190,6 +191,8 @@ def draw_timeline(timeline: Timeline, width: int = 80) -> Text:
         text.append(f"│{100 * timeline.utilization(rank):4.0f} %\n")
     text.append_text(Text(" " * (label + 2) + axis_text(end, cells) + " ms\n", style="dim"))
     text.append_text(legend_text(timeline.spans, label + 2, width))
+    if timeline.clock_error:
+        text.append(f"\n{' ' * (label + 2)}clocks ± {ms(timeline.clock_error)}", style="dim")
     return text
 
 

@@ -63,6 +63,7 @@ def encode(trace: Trace) -> bytes:
         "plan": plan,
         "schedule": trace.schedule,
         "peak_bytes": trace.peak_bytes,
+        "clock_error": timeline.clock_error,
         "causes": list(causes),
         "ranks": [_columns(timeline.of_rank(rank), causes) for rank in range(timeline.num_ranks)],
     }
@@ -85,7 +86,8 @@ def decode(data: bytes) -> Trace:
         if version == 1:
             timeline = Timeline(content["num_ranks"], tuple(_spans_of_rows(content["spans"])))
         else:
-            timeline = Timeline(len(content["ranks"]), tuple(_spans_of_columns(content["ranks"], content["causes"])))
+            spans = tuple(_spans_of_columns(content["ranks"], content["causes"]))
+            timeline = Timeline(len(content["ranks"]), spans, content["clock_error"])
         plan = Plan.from_json(content["plan"])
         if timeline.num_ranks != plan.num_ranks or any(span.stage >= plan.num_stages for span in timeline.spans):
             raise ValueError("its timeline is not of its plan")

@@ -91,7 +91,7 @@ def trace_json(run: str, trace: Trace) -> Json:
         "measured": trace.measured,
         "headline": headline,
         "sentences": list(said),
-        "clock_error": getattr(timeline, "clock_error", 0.0),
+        "clock_error": timeline.clock_error,
         "ranks": ranks,
         "arrows": _arrows(flowed, places),
         "predicted_arrows": _arrows(flow_of(trace, shown), _places(shown)),

@@ -124,6 +124,7 @@ class Pipeline:
                 programs = [self._program(model, stage, of_model) for stage in stages]
                 tickets.append(self._command(rank, "load", setup=setup, programs=programs))
             self._workers.wait_replies(tickets)
+            self._workers.compare_clocks()
             self._exits = exits.pop_all()
         return self
 
@@ -304,13 +305,16 @@ class Pipeline:
             self._under_way.clear()  # the ranks skip what was under way behind it
             self._step = submitted.step + 1
             raise self._explain_nonfinite(submitted, reply.get("nonfinite", [0]))
+        workers = self._need_workers()
+        workers.compare_clocks()
+        spans, clock_error = workers.on_one_clock(reply["spans"])
         return StepResult(
             step=submitted.step,
             loss=reply["loss"],
             count=reply["count"],
             grad_norm=reply["grad_norm"],
             lr=reply["lr"],
-            timeline=Timeline.of(self._plan.num_ranks, reply["spans"]),
+            timeline=Timeline.of(self._plan.num_ranks, spans, clock_error),
             metrics=reply["metrics"],
             peak_bytes=tuple(reply["peak_bytes"]),
         )

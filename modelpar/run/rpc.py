@@ -26,6 +26,7 @@ from torch.distributed.rendezvous import register_rendezvous_handler
 from modelpar.errors import ConfigError, RunError
 from modelpar.run import cuda, wire
 from modelpar.run.channel import Channel
+from modelpar.run.clocks import read_clock
 from modelpar.run.transport import CONTROLLER, Mailbox, Unreachable
 
 HOST = "127.0.0.1"
@@ -159,6 +160,13 @@ class RpcTransport:
             self._check(self._pending.popleft())
         if self._channel:
             self._channel.flush()
+
+    def read_clock(self, rank: int) -> tuple[str, float]:
+        """Asks a rank for its clock; see `Transport.read_clock`."""
+        try:
+            return rpc.rpc_sync(self._name(rank), read_clock, timeout=_NEVER)  # type: ignore[no-any-return]
+        except RuntimeError as error:
+            raise Unreachable(f"{self._name(rank)} did not say what its clock shows: {error}") from error
 
     @staticmethod
     def _check(future: torch.futures.Future[None]) -> None:

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from modelpar.run import cuda, wire
+from modelpar.run.clocks import read_clock
 
 CONTROLLER = -1
 """The address of the process that runs the user's code."""
@@ -142,6 +143,9 @@ class Transport(Protocol):
     def flush(self) -> None:
         """Waits until everything sent has arrived; raises Unreachable where something did not."""
 
+    def read_clock(self, rank: int) -> tuple[str, float]:
+        """Asks a rank for its clock, see `clocks.read_clock`, which it says at once, whatever it is doing."""
+
 
 class ThreadTransport:
     """Carries values between threads of one process: a tensor's memory is shared, never copied."""
@@ -159,3 +163,7 @@ class ThreadTransport:
 
     def flush(self) -> None:
         """Does nothing: what was sent has arrived."""
+
+    def read_clock(self, rank: int) -> tuple[str, float]:
+        """Reads the clock of this process, which is that of all its threads."""
+        return read_clock()

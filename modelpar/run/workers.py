@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any, Self
 
 from modelpar.errors import ConfigError, ModelparError, RunError, StepTimeout
+from modelpar.planning.timeline import Span
 from modelpar.run import cuda
+from modelpar.run.clocks import Clocks
 from modelpar.run.launch.base import Launch
 from modelpar.run.launch.local import ProcessLaunch
 from modelpar.run.launch.threads import ThreadLaunch
@@ -66,6 +68,7 @@ class Workers:
         self._launch: Launch | None = None
         self._commands = [itertools.count() for _ in range(num_ranks)]
         self._numbers = itertools.count()
+        self._clocks = Clocks(num_ranks)
         self._supervisor = Supervisor(num_ranks, heartbeat_timeout, self._on_error)
         self._error: ModelparError | None = None
         self._routes = {"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure}
@@ -133,6 +136,15 @@ class Workers:
             replies.append(self._running.mailbox.wait(("reply", *ticket)))
         return replies
 
+    def compare_clocks(self) -> None:
+        """Compares the ranks' clocks with the controller's where they differ, at most once a second."""
+        running = self._running
+        self._reach(lambda: self._clocks.compare(running.transport.read_clock))
+
+    def on_one_clock(self, spans: Iterable[Span]) -> tuple[list[Span], float]:
+        """Returns ranks' spans by the controller's clock, and by how many seconds they may be off; see `Clocks`."""
+        return self._clocks.shift(spans)
+
     def fail(self, error: ModelparError) -> None:
         """Ends all ranks; every wait raises the error."""
         self._supervisor.fail(error)
@@ -147,10 +159,14 @@ class Workers:
         return self._launch
 
     def _deliver(self, way: Callable[[int, Key, Any], None], rank: int, key: Key, value: Any) -> None:
-        """Sends something, or raises why a rank cannot be reached: the supervisor is about to find out."""
+        """Sends something."""
+        self._reach(lambda: way(rank, key, value))
+
+    def _reach(self, call: Callable[[], None]) -> None:
+        """Does what needs a rank, or raises why it cannot be reached: the supervisor is about to find out."""
         mailbox = self._running.mailbox
         try:
-            way(rank, key, value)
+            call()
         except Unreachable as error:
             mailbox.wait(("never",))
             raise AssertionError from error

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
@@ -46,11 +48,10 @@ class Reader:
         """Returns all runs of modelpar, and a line for a reader about those that are not."""
         traces, steps = self._traces(RunTagFilter(tags=[TRACE])), self._num_steps()
         results = self._scalars(RunTagFilter(tags=[f"{RESULT}step_seconds", f"{RESULT}bubble"]))
-        unfinished = [run for run in traces if run in steps and not results.get(run)]
+        unfinished = [name for run in traces if run in steps and not results.get(run) for name in _stored(run)]
         curves = self._scalars(RunTagFilter(runs=unfinished, tags=[STEP_SECONDS, BUBBLE])) if unfinished else {}
         runs, others = [], []
-        for listed in self._provider.list_runs(**self._where):
-            name = listed.run_name
+        for name in sorted(_shown(listed.run_name) for listed in self._provider.list_runs(**self._where)):
             if name in traces:
                 runs.append(
                     Run(
@@ -70,7 +71,7 @@ class Reader:
 
     def trace(self, run: str, step: int) -> bytes:
         """Returns the trace of a step; raises ConfigError where there is none."""
-        steps = self._traces(RunTagFilter(runs=[run], tags=[TRACE])).get(run, {})
+        steps = self._traces(RunTagFilter(runs=_stored(run), tags=[TRACE])).get(run, {})
         if step not in steps:
             known = f"one of {', '.join(map(str, steps))}" if steps else "a run with traces"
             raise ConfigError(f"run {run!r} has no trace of step {step}; expected {known}")
@@ -85,7 +86,7 @@ class Reader:
             **self._where, plugin_name=PLUGIN, downsample=_ALL, run_tag_filter=which
         )
         return {
-            run: {datum.step: datum.values[0].blob_key for datum in tags.get(TRACE, ()) if datum.values}
+            _shown(run): {datum.step: datum.values[0].blob_key for datum in tags.get(TRACE, ()) if datum.values}
             for run, tags in found.items()
         }
 
@@ -104,12 +105,12 @@ class Reader:
         found = self._provider.list_scalars(
             **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(tags=[BUBBLE])
         )
-        return {run: tags[BUBBLE].max_step + 1 for run, tags in found.items() if BUBBLE in tags}
+        return {_shown(run): tags[BUBBLE].max_step + 1 for run, tags in found.items() if BUBBLE in tags}
 
     def _scalars(self, which: RunTagFilter) -> _Curves:
         found = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=_ALL, run_tag_filter=which)
         return {
-            run: {tag: [(datum.step, float(datum.value)) for datum in data] for tag, data in tags.items()}
+            _shown(run): {tag: [(datum.step, float(datum.value)) for datum in data] for tag, data in tags.items()}
             for run, tags in found.items()
         }
 
@@ -125,9 +126,21 @@ def provider_of(folders: Sequence[tuple[str | None, str]]) -> tuple[DataProvider
         event_file_active_filter=lambda _: True,  # reads all files of a run, as --reload_multifile=true does
     )
     for name, folder in folders:
-        multiplexer.AddRunsFromDirectory(folder, name)
+        for path, _, files in os.walk(folder):
+            if any("tfevents" in file for file in files):
+                multiplexer.AddRun(path, (Path(name or "") / os.path.relpath(path, folder)).as_posix())
     multiplexer.Reload()
     return MultiplexerDataProvider(multiplexer, ""), multiplexer.RunPaths()
+
+
+def _shown(run: str) -> str:
+    """Returns a run's name without what TensorBoard puts behind that of a folder which is a run itself: "name/."."""
+    return run.removesuffix("/.")
+
+
+def _stored(run: str) -> list[str]:
+    """Returns the names that a run may have in TensorBoard."""
+    return [run, f"{run}/."]
 
 
 def _mean(

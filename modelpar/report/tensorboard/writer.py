@@ -47,7 +47,8 @@ class RunWriter:
         """`schedule` is what people call the plan's schedule, such as "1f1b"."""
         self._plan, self._schedule = plan, schedule
         self._curves = rank_names(plan)
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step, flush_secs=1)
+        # TensorBoard takes the first start that a run notes for its beginning, and only later ones for going on
+        self._writer = SummaryWriter(str(directory), purge_step=purge_step or 0, flush_secs=1)
         self._writer.add_custom_scalars(_LAYOUT)
         self._writer.add_text("partition", partition_markdown(plan), purge_step or 0)
         self._writer.flush()
