@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -342,7 +343,7 @@ def test_static_files_are_served_with_their_types(client: Client) -> None:
         assert (answer.status_code, answer.mimetype) == (200, kind)
         assert answer.data == (STATIC / path.rsplit("/", 1)[-1]).read_bytes()
     assert client.get("/data/plugin/modelpar/static/pipeline.css").mimetype == "text/css"
-    assert b"export function render" in client.get("/data/plugin/modelpar/index.js").data
+    assert re.search(rb"export (async )?function render\(", client.get("/data/plugin/modelpar/index.js").data)
 
 
 @pytest.mark.parametrize(
