@@ -346,7 +346,9 @@ def test_the_trace_can_be_downloaded(tab: Shown) -> None:
     with tab.page.expect_download() as started:
         tab.frame.locator(".panel[data-side=A] .download").click()
     content = json.loads(Path(started.value.path()).read_text())
-    assert sum(event["ph"] == "X" for event in content["traceEvents"]) >= len(tab.ask("view.trace('A')")["ranks"][0]["spans"])
+    assert sum(event["ph"] == "X" for event in content["traceEvents"]) >= len(
+        tab.ask("view.trace('A')")["ranks"][0]["spans"]
+    )
     assert started.value.suggested_filename.endswith(".json")
 
 
