@@ -26,6 +26,7 @@ from modelpar.capture.capture import capture
 from modelpar.capture.objective import Objective
 from modelpar.machine import Setting
 from modelpar.planning.cluster import Cluster, Link
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.partition import Partition
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
@@ -65,15 +66,18 @@ class Sink(nn.Module):
         return x[:, :1]
 
 
-def calibrate(workers: Workers, setting: Setting) -> Link:
+def calibrate(workers: Workers, setting: Setting, doing: Doing = silent) -> Link:
     """Returns what a message and an action cost between the first ranks of running workers, in a few seconds."""
     num_ranks = setting.num_ranks
     with torch.random.fork_rng(devices=[]):
         work = [nn.Sequential(*(nn.Linear(_WIDTH, _WIDTH) for _ in range(4))) for _ in range(num_ranks)]
+    what = "measuring messages between ranks"
+    doing(what, 0, 3)
     inputs = torch.zeros(_SAMPLES * _MICROBATCHES, _WIDTH)
     busy, profile = _run(workers, setting, nn.Sequential(*work), inputs, _MICROBATCHES, _STEPS)
     idle = []
-    for num_bytes in (SMALL, LARGE):
+    for number, num_bytes in enumerate((SMALL, LARGE), 1):
+        doing(what, number, 3)
         layers = [Source(num_bytes), *(nn.Identity() for _ in range(num_ranks - 2)), Sink()]
         idle.append(_run(workers, setting, nn.Sequential(*layers), torch.zeros(1, 1), 1, _IDLE_STEPS)[0])
     return link_of(busy, profile, *idle)

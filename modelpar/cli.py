@@ -1,4 +1,4 @@
-"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `verify`, `view`, `report`."""
+"""The command line: `modelpar train`, `simulate`, `compare`, `profile`, `verify`, `view`, `explain`, `report`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ _COMMANDS = {
     "profile": "measure what each layer costs with all ranks busy, and save it",
     "verify": "compare the split model with the unsplit one, to the bit",
     "view": "show runs in TensorBoard",
+    "explain": "say where a run's time went, and what would help most",
     "report": "write runs as one HTML file, or a step of one as a Chrome trace",
 }
 _EXAMPLES = {
@@ -50,6 +51,7 @@ _EXAMPLES = {
         "modelpar verify model=hf model.config=GPT2Config +model.n_layer=4 transport=threads",
     ),
     "view": ("modelpar view runs", "modelpar view runs/first runs/second --port 6007"),
+    "explain": ("modelpar explain runs/first", "modelpar explain runs"),
     "report": ("modelpar report runs", "modelpar report runs/first --output step.json.gz"),
 }
 
@@ -64,11 +66,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if command not in _COMMANDS:
             raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
-        if command not in ("view", "report") and {"-h", "--help"} & set(rest):
+        if command not in ("view", "explain", "report") and {"-h", "--help"} & set(rest):
             print(_command_help(command))
             return
         commands = {"train": _train, "simulate": _simulate, "compare": _compare}
-        commands |= {"profile": _profile, "verify": _verify, "view": _view, "report": _report}
+        commands |= {"profile": _profile, "verify": _verify, "view": _view, "explain": _explain, "report": _report}
         commands[command](rest)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -173,6 +175,20 @@ def _view(words: list[str]) -> None:
     from modelpar.report.tensorboard.view import view
 
     view(options.paths, options.port)
+
+
+def _explain(words: list[str]) -> None:
+    parser = argparse.ArgumentParser(
+        prog="modelpar explain",
+        description="Says where the time of a run's steps went, why, and which one change would help most.",
+        epilog=_examples("explain"),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
+    options = parser.parse_args(words)
+    from modelpar.explain_command import explain_runs
+
+    explain_runs(options.paths, Console())
 
 
 def _report(words: list[str]) -> None:

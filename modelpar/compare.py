@@ -6,16 +6,17 @@ import itertools
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import fmean, median, median_low
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
-from rich.progress import track
 
 from modelpar import config as configs
 from modelpar.errors import ConfigError
+from modelpar.planning.doing import Doing
+from modelpar.planning.explain import explain
 from modelpar.planning.memory import stage_memory_bytes
 from modelpar.planning.partitioners import stage_seconds
 from modelpar.planning.plan import Plan
@@ -23,6 +24,7 @@ from modelpar.planning.profile import Profile
 from modelpar.planning.result import StepResult
 from modelpar.planning.simulate import predict
 from modelpar.report.comparison import Row, best_first, comparison_table, write
+from modelpar.report.explanation import headline
 from modelpar.report.strips import Strip
 from modelpar.report.strips_image import comparison_image
 from modelpar.report.strips_text import draw_comparison
@@ -30,6 +32,7 @@ from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import prediction_notes
 from modelpar.run.workers import Workers
 from modelpar.rundir import RunDir
+from modelpar.screen import screen
 from modelpar.task import Task, task_of
 
 
@@ -61,30 +64,34 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
     tasks = _tasks_of(loaded)
     first = loaded[0]
     with ExitStack() as exits:
-        workers = tasks[0].workers(max(1, *(config.pipeline.num_ranks for config in loaded)))
+        doing = exits.enter_context(screen(console, first.verbose))
+        folder = RunDir.when_needed(first.output.folder, first.output.name, "compare", exits)
+        num_ranks = max(1, *(config.pipeline.num_ranks for config in loaded))
+        workers = tasks[0].workers(num_ranks, lambda: folder().ranks, doing)
         start = cache(lambda: exits.enter_context(workers))
-        candidates = _plan_all(tasks, [_name(combination, lists) for combination in combinations], start)
+        candidates = _plan_all(tasks, [_name(combination, lists) for combination in combinations], start, doing)
         by_prediction = sorted(candidates, key=lambda candidate: candidate.plan.prediction.step_seconds)
         measured = by_prediction[: first.measure] if first.measure is not None else by_prediction
         for candidate in measured:
             candidate.task.pipeline(candidate.plan)  # finds out what cannot train, before anything is made
-        folder = RunDir.create(first.output.folder, first.output.name, "compare")
-        exits.callback(folder.remove_if_empty)
+        run = folder()
         if measured:
-            _measure(measured, start(), console)
+            _measure(measured, start(), doing)
+        doing("writing the runs")
         for candidate in candidates:
-            candidate.run = _write_run(candidate, folder.path)
+            candidate.run = _write_run(candidate, run.path)
     rows = best_first([_row(candidate) for candidate in candidates])
     console.print(comparison_table(rows))
     strips = _strips(candidates)
     if drawn := draw_comparison(strips, console.width):
         console.print()
         console.print(drawn)
-    write(rows, folder.path)
-    comparison_image(strips).save(folder.path / "comparison.png")
+    console.print(_verdict(next(each for each in candidates if str(each.run) == rows[0].run)), highlight=False)
+    write(rows, run.path)
+    comparison_image(strips).save(run.path / "comparison.png")
     for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
         console.print(note, style="yellow", highlight=False)
-    console.print(folder.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
+    console.print(run.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
     return rows
 
 
@@ -97,7 +104,7 @@ def _check_same(loaded: list[DictConfig]) -> None:
     for name in ("rounds", "steps"):
         if first.comparison[name] < 1:
             raise ConfigError(f"comparison.{name} is {first.comparison[name]}; expected at least 1")
-    for key in ("measure", "comparison", "transport", "output"):
+    for key in ("measure", "comparison", "transport", "output", "verbose"):
         if any(config[key] != first[key] for config in loaded):
             raise ConfigError(f"{key} has several values; all combinations share one")
 
@@ -118,7 +125,7 @@ def _tasks_of(loaded: list[DictConfig]) -> list[Task]:
     return tasks
 
 
-def _plan_all(tasks: list[Task], names: list[str], start: Callable[[], Workers]) -> list[_Candidate]:
+def _plan_all(tasks: list[Task], names: list[str], start: Callable[[], Workers], doing: Doing) -> list[_Candidate]:
     """Plans every combination; those of the same model, micro-batches and threads share one profile."""
     profiles: dict[tuple[object, ...], Profile] = {}
     candidates = []
@@ -126,10 +133,15 @@ def _plan_all(tasks: list[Task], names: list[str], start: Callable[[], Workers])
         pipeline = task.config.pipeline
         ranks = (pipeline.num_ranks, str(pipeline.devices), pipeline.num_threads)
         key = (_what(task.config), pipeline.profile, pipeline.num_microbatches, *ranks)
-        plan = task.plan(profiles.get(key), start)
+        plan = task.plan(profiles.get(key), start, partial(_doing_for, name, doing))
         profiles[key] = plan.profile
         candidates.append(_Candidate(name, task.config, task, plan))
     return candidates
+
+
+def _doing_for(name: str, doing: Doing, what: str, done: float = 0, total: float | None = None) -> None:
+    """Tells what is done for one of the combinations."""
+    doing(f"{name}: {what}", done, total)
 
 
 def _what(config: DictConfig) -> str:
@@ -137,11 +149,12 @@ def _what(config: DictConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.masked_copy(config, _OF_TASK))
 
 
-def _measure(candidates: list[_Candidate], workers: Workers, console: Console) -> None:
+def _measure(candidates: list[_Candidate], workers: Workers, doing: Doing) -> None:
     """Runs all different plans in turn, round after round, on running workers."""
     comparison = candidates[0].config.comparison
     turns = list(itertools.product(range(comparison.rounds), _equal(candidates)))
-    for _, equals in track(turns, "measuring", console=console, disable=not console.is_terminal, transient=True):
+    for number, (_, equals) in enumerate(turns):
+        doing(f"measuring {equals[0].name}", number, len(turns))
         task, plan = equals[0].task, equals[0].plan
         with task.pipeline(plan, workers) as pipeline:
             training = task.config.training
@@ -198,6 +211,12 @@ def _strips(candidates: list[_Candidate]) -> list[Strip]:
         step = min(steps, key=lambda timeline: abs(timeline.makespan - middle), default=None)
         strips.append(Strip(rows, step or predict(equals[0].plan)))
     return strips
+
+
+def _verdict(best: _Candidate) -> str:
+    """Returns where the best combination's time goes, and what would help it most."""
+    timeline = best.results[_typical(best.results)].timeline if best.results else predict(best.plan)
+    return f"{best.name}: {headline(explain(best.plan, [timeline]))}"
 
 
 def _write_run(candidate: _Candidate, folder: Path) -> Path:

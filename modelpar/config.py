@@ -42,6 +42,8 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
     _check_sections(config, plain)
     _check_types(checked(config), plain)
+    if config.verbose not in (0, 1, 2):
+        raise ConfigError(f"verbose is {config.verbose}; expected 0 (quiet), 1, or 2 (says more)")
     cluster_of(config)
     return config
 

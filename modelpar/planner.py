@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
 from modelpar.planning.cluster import UNKNOWN, Cluster, Link
 from modelpar.planning.decide import check_counts, decide
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.partitioners import Partitioner
 from modelpar.planning.plan import Plan, ScheduleGenerator
 from modelpar.planning.profile import Profile
@@ -27,6 +30,8 @@ from modelpar.planning.simulate import predict, prediction
 from modelpar.profiling import Subject, swept, swept_alone
 from modelpar.run.update import OptimizerFactory
 from modelpar.run.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 UNMEASURED_LINKS = {"rpc": Link(latency=0.5e-3, bandwidth=2e9), "threads": Link(latency=0.1e-3)}
 """What a message is taken to cost, by transport, where that was not measured."""
@@ -53,6 +58,7 @@ def plan(
     shared_memory: bool | None = None,
     cuda_ipc: bool | None = None,
     workers: Callable[[], Workers] | Workers | None = None,
+    doing: Doing = silent,
     leaf: Sequence[str] = (),
     split_before: Sequence[str] = (),
     keep_together: Sequence[str] = (),
@@ -70,6 +76,7 @@ def plan(
     measured, unless `link` or the cluster says what a message costs.
     `num_threads` per rank is by default max(1, cores // ranks).
     `devices` are torch devices, one per rank; by default CUDA devices where there are any, else the CPU.
+    `doing` is told what goes on, such as "timing the layers", and how much of it is done.
     `leaf`, `split_before` and `keep_together` say how finely the model may be cut, see `Grain`: by FQN, pattern of FQNs
     ("h.*") or class name.
 
@@ -87,17 +94,24 @@ def plan(
     described = replace(described, devices=places, transport=transport, shared_memory=shared_memory, cuda_ipc=cuda_ipc)
     setting = Setting(places, num_threads, transport, shared_memory, cuda_ipc)
     order = schedule(num_ranks, num_microbatches)
+    doing("making the model")
     model = objective.build(seed)
     size = batch_size(example_batch[0], objective.batch_dim)
     sizes = microbatch_sizes(size, num_microbatches)
     inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
     grain = Grain(tuple(leaf), tuple(split_before), tuple(keep_together))
+    doing("recording the model")
+    begun = time.perf_counter()
     captured = capture(objective, (inputs, targets), model, num_ranks=order.num_stages, grain=grain)
     graph = captured.graph
+    recorded = len(graph.layers), len(graph.cuts), time.perf_counter() - begun
+    _log.debug("recorded the model: %d layers, %d places to cut, in %.2f s", *recorded)
+    doing("counting operations")
     count = profiler.count(objective, captured, (inputs, targets), model)
     subject = Subject(objective, captured, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
 
     def decided(profile: Profile) -> Plan:
+        doing("planning")
         known = link or (described.link if described.link is not UNKNOWN else profile.link)
         cluster = replace(described, link=known or UNMEASURED_LINKS[transport])
         more = {"num_threads": num_threads, "tied": tied, "captured": (objective.model, captured.recording)}
@@ -108,8 +122,12 @@ def plan(
     except PartitionError:
         decided(count.profile)  # a message with all that is expected to be held
         raise
-    found = decided(_profile(profile, subject, setting, workers))
-    return found.with_prediction(prediction(predict(found)))
+    found = decided(_profile(profile, subject, setting, workers, doing))
+    found = found.with_prediction(prediction(predict(found)))
+    assert found.prediction
+    balance = "-".join(map(str, found.partition.balance))
+    _log.debug("planned %s: a step of %.4g s predicted", balance, found.prediction.step_seconds)
+    return found
 
 
 def _profile(
@@ -117,6 +135,7 @@ def _profile(
     subject: Subject,
     setting: Setting,
     workers: Callable[[], Workers] | Workers | None,
+    doing: Doing,
 ) -> Profile:
     """Returns the profile that `plan` was asked for."""
     if isinstance(wanted, Path) or (isinstance(wanted, str) and wanted.endswith(".json")):
@@ -130,15 +149,16 @@ def _profile(
         raise ConfigError(f"profile is {wanted!r}; expected measured, anew, alone, flops, or the path of a .json file")
     known = known_profile(subject, setting)
     if known is not None and wanted != "anew":
+        _log.debug("layers and messages were measured before, %s; reused from %s", known.measured_at, cache.folder())
         return known
     if wanted == "alone":
-        return swept_alone(subject, setting)
+        return swept_alone(subject, setting, doing)
     if workers is None:
         how = {"shared_memory": setting.shared_memory, "cuda_ipc": setting.cuda_ipc}
-        with Workers(setting.num_ranks, transport=setting.transport, **how) as started:
-            return measured_profile(subject, setting, started, anew=wanted == "anew")
+        with Workers(setting.num_ranks, transport=setting.transport, doing=doing, **how) as started:
+            return measured_profile(subject, setting, started, anew=wanted == "anew", doing=doing)
     running = workers if isinstance(workers, Workers) else workers()
-    return measured_profile(subject, setting, running, anew=wanted == "anew")
+    return measured_profile(subject, setting, running, anew=wanted == "anew", doing=doing)
 
 
 def known_profile(subject: Subject, setting: Setting) -> Profile | None:
@@ -148,16 +168,24 @@ def known_profile(subject: Subject, setting: Setting) -> Profile | None:
     return Profile.from_json({**found, "link": link}) if found and link else None
 
 
-def measured_profile(subject: Subject, setting: Setting, workers: Workers, *, anew: bool = False) -> Profile:
+def measured_profile(
+    subject: Subject, setting: Setting, workers: Workers, *, anew: bool = False, doing: Doing = silent
+) -> Profile:
     """Returns the profile that ranks measure, with what a message costs between them, and keeps both.
 
     The latter is measured where it is not known yet, or `anew`.
     """
     link = None if anew else cache.load("link", setting.key())
+    begun = time.perf_counter()
     if link is None:
-        link = calibrate(workers, setting).to_json()
+        link = calibrate(workers, setting, doing).to_json()
         cache.save("link", setting.key(), link)
-    profile = swept(subject, setting, workers)
+        _log.debug("measured in %.1f s that a message takes %.3g s", time.perf_counter() - begun, link["latency"])
+    else:
+        _log.debug("what messages cost was measured before; reused from %s", cache.folder())
+    begun = time.perf_counter()
+    profile = swept(subject, setting, workers, doing=doing)
+    _log.debug("timed the layers in %.1f s; kept in %s", time.perf_counter() - begun, cache.folder())
     cache.save("profile", {**subject.key(), **setting.key()}, profile.to_json())
     return replace(profile, link=Link.from_json(link))
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from modelpar.errors import ConfigError
 from modelpar.planning.profile import Profile
 from modelpar.report.text import profile_summary, profile_table
+from modelpar.screen import screen
 from modelpar.task import task_of
 
 
@@ -25,8 +26,10 @@ def profile(config: DictConfig, console: Console) -> Profile:
         raise ConfigError(f"file is {config.file!r}; expected a name that ends in .json, in a folder that exists")
     wanted = config.pipeline.profile
     with ExitStack() as exits:
-        workers = task.workers(max(1, config.pipeline.num_ranks))  # planning refuses fewer, and says why
-        plan = task.plan("anew" if wanted == "measured" else wanted, partial(exits.enter_context, workers))
+        doing = exits.enter_context(screen(console, config.verbose))
+        num_ranks = max(1, config.pipeline.num_ranks)  # planning refuses fewer, and says why
+        workers = task.workers(num_ranks, doing=doing)
+        plan = task.plan("anew" if wanted == "measured" else wanted, partial(exits.enter_context, workers), doing)
     try:
         plan.profile.save(path)
     except OSError as error:

@@ -20,6 +20,7 @@ from modelpar.capture.objective import Batch, Objective
 from modelpar.capture.profiler import Count
 from modelpar.capture.recording import Ref
 from modelpar.machine import Setting
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.graph import BATCH, ModelGraph
 from modelpar.planning.memory import activation_bytes
 from modelpar.planning.profile import LayerCost, Profile
@@ -77,7 +78,7 @@ class Subject:
         }
 
 
-def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float = 1.5) -> Profile:
+def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float = 1.5, doing: Doing = silent) -> Profile:
     """Returns the profile that the first ranks of running workers measure, without a link.
 
     Equal layers get equal times. It takes about as long as given, or some rounds of one step of the layers.
@@ -98,12 +99,14 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         seconds=seconds,
     )
     with torch.random.fork_rng(devices=[]):  # ranks that are threads draw from this process's generator
+        what = f"timing the layers on {setting.num_ranks} rank{'s' if setting.num_ranks > 1 else ''}"
+        doing(what)
         setup = wire.ship_as("the optimizer", work)
         tickets = []
         for rank, device in enumerate(setting.devices):  # ranks that are threads must not share what they are sent
             parcels = [wire.ship_as(f"stage {program.stage}", program) for program in programs]
             tickets.append(workers.command(rank, "sweep", setup=setup, programs=parcels, device=device))
-        results: list[SweepResult] = workers.wait_replies(tickets)
+        results: list[SweepResult] = workers.wait_replies(tickets, progress=partial(doing, what))
     times = {
         key: _mean(
             [result.times[u] for result in results for u, position in enumerate(chosen) if keys[position] == key]
@@ -135,10 +138,11 @@ def _slack_share(layers: Sequence[LayerCost], results: Sequence[SweepResult]) ->
     return max(0.0, (min(peaks, default=0) - held) / activations - 1) if activations else 0.0
 
 
-def swept_alone(subject: Subject, setting: Setting) -> Profile:
+def swept_alone(subject: Subject, setting: Setting, doing: Doing = silent) -> Profile:
     """Returns the profile measured in this process, with no other rank busy; starts no process."""
     with Workers(1, transport="threads") as workers:
-        return swept(subject, replace(setting, devices=setting.devices[:1], transport="threads"), workers)
+        alone = replace(setting, devices=setting.devices[:1], transport="threads")
+        return swept(subject, alone, workers, doing=doing)
 
 
 def _routines(subject: Subject) -> list[Routine]:

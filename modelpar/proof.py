@@ -12,6 +12,7 @@ from torch import nn
 from modelpar.capture.deferred import materialize
 from modelpar.capture.objective import Batch, Objective, batch_size, split_batch
 from modelpar.compared import compare_outputs, compare_states, compare_values
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.plan import Plan
 from modelpar.planning.verdict import Check, Verdict
 from modelpar.run.pipeline import Pipeline
@@ -30,13 +31,14 @@ def verify(
     max_norm: float | None = 1.0,
     seed: int = 0,
     steps: int = 3,
+    doing: Doing = silent,
 ) -> Verdict:
     """Compares a plan's pipeline with the unsplit model over training steps on batches of different sizes.
 
     From the same weights each step's loss, gradients and buffers are compared; then losses, gradient norms, weights and
     buffers of a training; then evaluation and prediction. `batch` is cut to make batches whose last micro-batches are
     smaller or missing. Whatever `plan.tied` says, gradients of tied weights are added as autograd does, so that all may
-    be equal to the bit.
+    be equal to the bit. `doing` is told what goes on.
     """
     exact = replace(plan, tied="exact")
     model = materialize(objective.build(seed))
@@ -46,12 +48,15 @@ def verify(
     try:
         unsplit = Unsplit(objective, model, exact, seed)
         batches, left_out = _cut(unsplit, objective, batch, plan.num_microbatches, steps)
+        doing("comparing single steps", 0, len(batches))
         with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed) as pipeline:
-            checks = [*_single_steps(pipeline, unsplit, objective, batches, plan.num_microbatches, order)]
+            checks = [*_single_steps(pipeline, unsplit, objective, batches, plan.num_microbatches, order, doing)]
+        doing("comparing a training")
         unsplit.restart()
         options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed}
         with Pipeline(objective, exact, workers=workers, **options) as pipeline:
             checks += _training(pipeline, unsplit, batches, order, optimizer, max_norm)
+            doing("comparing evaluation and prediction")
             checks += _without_training(pipeline, unsplit, objective, batch)
         unsplit.restart()
         return Verdict(tuple(checks), (*left_out, *unsplit.notes(batch), *_tied_notes(plan)))
@@ -60,7 +65,13 @@ def verify(
 
 
 def _single_steps(
-    pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batches: list[Batch], most: int, order: list[str]
+    pipeline: Pipeline,
+    unsplit: Unsplit,
+    objective: Objective,
+    batches: list[Batch],
+    most: int,
+    order: list[str],
+    doing: Doing,
 ) -> Iterator[Check]:
     """Compares loss, gradients and buffers of steps that all begin with the same weights."""
     found, expected = list(pipeline.state_dict()), list(unsplit.start())
@@ -70,6 +81,7 @@ def _single_steps(
     yield Check("names in the state dict", found == expected, same if found == expected else detail)
     checks: list[Check] = []
     for step, batch in enumerate(batches):
+        doing("comparing single steps", step, len(batches))
         name = f"step {step}, {batch_size(batch[0], objective.batch_dim)} samples"
         checks += _single_step(pipeline, unsplit, batch, step, name, order)
     passed = all(check.passed for check in checks)

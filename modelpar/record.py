@@ -7,9 +7,13 @@ from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
+from modelpar.errors import PlanError
 from modelpar.planning.analysis import analyse
+from modelpar.planning.explain import MOST_TIMELINES, Explanation, explain
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
+from modelpar.planning.steadiness import StepTime
+from modelpar.planning.timeline import Timeline
 from modelpar.report.text import stage_parameters
 
 SCHEMA_VERSION = 1
@@ -25,6 +29,8 @@ class Record:
     results: list[StepResult] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     """Wall-clock time from one finished step to the next."""
+    traced: list[Timeline] = field(default_factory=list)
+    """Of the steps that were traced."""
     heldout: list[tuple[int, float]] = field(default_factory=list)
     """(number of steps done, loss)."""
 
@@ -41,6 +47,17 @@ class Record:
     def utilization(self) -> tuple[float, ...]:
         """Returns per stage the share of time in which its rank computed, a mean over the settled steps."""
         return tuple(stage["utilization"] for stage in self._stages())
+
+    def explain(self) -> Explanation | None:
+        """Returns where the time of the traced steps went; None where none of them is whole."""
+        steps = [
+            StepTime(result.step, seconds, tuple(result.timeline.busy(rank) for rank in range(self.plan.num_ranks)))
+            for result, seconds in _settled(list(zip(self.results, self.step_seconds, strict=True)))
+        ]
+        try:
+            return explain(self.plan, self.traced[-MOST_TIMELINES:], steps)
+        except PlanError:
+            return None
 
     def metrics(self) -> dict[str, float]:
         """Returns the numbers by which people compare runs."""

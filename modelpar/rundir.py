@@ -8,10 +8,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -48,10 +49,26 @@ class RunDir:
                 raise ConfigError(f"the run folder {path} cannot be made: {error.strerror}") from error
         raise AssertionError
 
+    @classmethod
+    def when_needed(cls, folder: str | Path, name: str | None, default: str, exits: ExitStack) -> Callable[[], RunDir]:
+        """Returns a function that makes the folder when first called, and removes it with `exits` if still empty then.
+
+        Ranks that measure for a plan write their logs into it, and bad input that a plan would find costs no folder.
+        """
+
+        @cache
+        def make() -> RunDir:
+            run = cls.create(folder, name, default)
+            exits.callback(run.remove_if_empty)
+            return run
+
+        return make
+
     def remove_if_empty(self) -> None:
         """Removes the folder where nothing was written into it: what it was for did not start."""
-        with suppress(OSError):
-            self.path.rmdir()
+        for path in (self.ranks, self.path):
+            with suppress(OSError):
+                path.rmdir()
 
     @property
     def config(self) -> Path:
@@ -77,6 +94,11 @@ class RunDir:
     def weights(self) -> Path:
         """The trained weights."""
         return self.path / "weights.safetensors"
+
+    @property
+    def ranks(self) -> Path:
+        """The folder with what each rank logged and printed, where ranks are processes."""
+        return self.path / "ranks"
 
     def view_command(self) -> str:
         """Returns what to type to see the run in TensorBoard: this installation's command, if need be with its path."""

@@ -8,10 +8,12 @@ from rich.console import Console
 from modelpar.config import cluster_of, make
 from modelpar.planning.cluster import UNKNOWN
 from modelpar.planning.decide import check_counts, decide
+from modelpar.planning.doing import Doing
 from modelpar.planning.pipedream import read_pipedream
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
 from modelpar.report.text import draw_timeline, partition_table, prediction_notes, simulation_summary
+from modelpar.screen import screen
 
 
 def simulate(config: DictConfig, console: Console) -> None:
@@ -21,7 +23,8 @@ def simulate(config: DictConfig, console: Console) -> None:
     pipeline.profile=measured, it uses what this machine has measured before; where there is nothing, it times the
     layers in this process, one rank's worth, and says so.
     """
-    plan = _of_profile(config) if config.profile is not None else _of_model(config)
+    with screen(console, config.verbose) as doing:
+        plan = _of_profile(config) if config.profile is not None else _of_model(config, doing)
     timeline = predict(plan)
     console.print(partition_table(plan))
     for note in prediction_notes(plan):
@@ -33,11 +36,11 @@ def simulate(config: DictConfig, console: Console) -> None:
     console.print(simulation_summary(plan, timeline))
 
 
-def _of_model(config: DictConfig) -> Plan:
+def _of_model(config: DictConfig, doing: Doing) -> Plan:
     from modelpar.task import task_of
 
     profile = config.pipeline.profile
-    return task_of(config).plan("alone" if profile == "measured" else profile)
+    return task_of(config).plan("alone" if profile == "measured" else profile, doing=doing)
 
 
 def _of_profile(config: DictConfig) -> Plan:

@@ -18,6 +18,7 @@ from modelpar.data.base import Data
 from modelpar.errors import ConfigError
 from modelpar.planner import UNMEASURED_LINKS, place, plan
 from modelpar.planning.cluster import Cluster
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import Profile
 from modelpar.run.pipeline import Pipeline
@@ -36,11 +37,16 @@ class Task:
     optimizer: Callable[..., torch.optim.Optimizer]
     lr_schedule: Callable[..., Any]
 
-    def plan(self, profile: str | Profile | None = None, workers: Callable[[], Workers] | None = None) -> Plan:
+    def plan(
+        self,
+        profile: str | Profile | None = None,
+        workers: Callable[[], Workers] | None = None,
+        doing: Doing = silent,
+    ) -> Plan:
         """Decides how to split and schedule it.
 
         A profile of the same model and micro-batches saves measuring again. `workers` starts ranks to measure on, and
-        is called only where that has to be.
+        is called only where that has to be. `doing` is told what goes on.
         """
         pipeline, transport = self.config.pipeline, self.config.transport
         return plan(
@@ -60,6 +66,7 @@ class Task:
             shared_memory=transport.shared_memory,
             cuda_ipc=transport.cuda_ipc,
             workers=workers,
+            doing=doing,
             **{name: tuple(map(str, pipeline[name])) for name in ("leaf", "split_before", "keep_together")},
         )
 
@@ -69,8 +76,8 @@ class Task:
         usual = UNMEASURED_LINKS.get(transport.kind)
         return cluster_of(self.config, place(pipeline.num_ranks, pipeline.devices), usual)
 
-    def workers(self, num_ranks: int) -> Workers:
-        """Returns workers as the configuration wants them, not yet started."""
+    def workers(self, num_ranks: int, logs: Callable[[], Path] | None = None, doing: Doing = silent) -> Workers:
+        """Returns workers as the configuration wants them, not yet started; `logs` and `doing` as for `Workers`."""
         transport = self.config.transport
         return Workers(
             num_ranks,
@@ -80,6 +87,8 @@ class Task:
             step_timeout=transport.step_timeout,
             shared_memory=transport.shared_memory,
             cuda_ipc=transport.cuda_ipc,
+            logs=logs,
+            doing=doing,
         )
 
     def pipeline(self, plan: Plan, workers: Workers | None = None) -> Pipeline:

@@ -26,6 +26,7 @@ from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import TrainingSummary, partition_table, prediction_notes, training_summary
 from modelpar.run.pipeline import Pipeline
 from modelpar.rundir import RunDir
+from modelpar.screen import screen
 from modelpar.task import Task, model_name, run_name, task_of
 
 _FIRST_TRACED = 4
@@ -42,24 +43,29 @@ def train(config: DictConfig, console: Console) -> RunDir:
     """
     task = task_of(config)
     with ExitStack() as exits:
-        workers = task.workers(max(1, config.pipeline.num_ranks))  # planning refuses fewer, and says why
+        doing = exits.enter_context(screen(console, config.verbose))
+        folder = RunDir.when_needed(config.output.folder, config.output.name, run_name(config), exits)
+        num_ranks = max(1, config.pipeline.num_ranks)  # planning refuses fewer, and says why
+        workers = task.workers(num_ranks, lambda: folder().ranks, doing)
         start = cache(lambda: exits.enter_context(workers))
-        plan = task.plan(workers=start)
+        plan = task.plan(workers=start, doing=doing)
         pipeline = task.pipeline(plan, workers)
-        run = RunDir.create(config.output.folder, config.output.name, run_name(config))
+        run = folder()
         record, status = Record(plan), "failed"
-        exits.callback(run.remove_if_empty)
         console.print(task.data.description, highlight=False, markup=False)
         console.print(partition_table(plan))
         for note in prediction_notes(plan):
             console.print(note, style="yellow", highlight=False)
         start()
+        doing("handing out the stages")
         exits.enter_context(pipeline)
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
         writer = exits.enter_context(RunWriter(run.path, plan, schedule=choice(config, "schedule")))
+        doing.stop()
+        progress = TrainingProgress(console, config.training.steps, quiet=config.verbose == 0)
         try:
-            with _stop_between_steps() as stop, TrainingProgress(console, config.training.steps) as progress:
+            with _stop_between_steps() as stop, progress:
                 _loop(task, plan, pipeline, writer, run, record, progress, stop)
             status = "interrupted" if stop else "done"
         except KeyboardInterrupt:
@@ -68,9 +74,9 @@ def train(config: DictConfig, console: Console) -> RunDir:
         finally:
             run.write_result(record.to_json(status, task.data.baseline))
             if record.results:
-                last = record.results[-1]
-                if config.training.trace_every and not _is_traced(last.step, config.training.trace_every):
-                    writer.trace(last.step, last.timeline, last.peak_bytes)
+                every = config.training.trace_every
+                if every and not _is_traced(record.results[-1].step, every):
+                    _trace(writer, record)
                 writer.hparams(_hparams(config, plan), record.metrics())
     _say_summary(console, run, task, record)
     if status == "interrupted":
@@ -109,7 +115,7 @@ def _loop(
                     if training.trace_every and (result.step + 1) % training.trace_every == 0:
                         writer.timeline(result.step, result.timeline, expected)
                     if _is_traced(result.step, training.trace_every):
-                        writer.trace(result.step, result.timeline, result.peak_bytes)
+                        _trace(writer, record)
                 heldout = task.data.heldout(training.batch_size, training.eval_samples)
                 for first in itertools.islice(heldout, 1):  # with data.heldout=0 there is none
                     loss = pipeline.evaluate(itertools.chain([first], heldout)).loss
@@ -125,6 +131,13 @@ def _loop(
 def _is_traced(step: int, trace_every: int) -> bool:
     """Returns whether a step is traced as soon as it is done; the last one of a training is in any case."""
     return trace_every > 0 and (step == _FIRST_TRACED or (step + 1) % trace_every == 0)
+
+
+def _trace(writer: RunWriter, record: Record) -> None:
+    """Keeps the timeline of the last step."""
+    last = record.results[-1]
+    writer.trace(last.step, last.timeline, last.peak_bytes)
+    record.traced.append(last.timeline)
 
 
 def _keep_weights(pipeline: Pipeline, run: RunDir, plan: Plan) -> None:
@@ -187,5 +200,6 @@ def _say_summary(console: Console, run: RunDir, task: Task, record: Record) -> N
         heldout_loss=record.heldout[-1][1] if record.heldout else None,
         baseline=task.data.baseline,
         predicted_step_seconds=prediction.step_seconds if prediction else None,
+        explanation=record.explain(),
     )
     console.print(training_summary(summary), soft_wrap=True)

@@ -14,6 +14,7 @@ from modelpar.proof import verify
 from modelpar.report.text import partition_table
 from modelpar.report.verdict import verdict_line, verdict_notes, verdict_table
 from modelpar.rundir import RunDir
+from modelpar.screen import screen
 from modelpar.task import run_name, task_of
 
 
@@ -26,27 +27,29 @@ def verify_command(config: DictConfig, console: Console) -> Verdict:
         raise ConfigError(f"steps is {config.steps}; expected at least 1")
     task = task_of(config)
     with ExitStack() as exits:
-        workers = task.workers(max(1, config.pipeline.num_ranks))  # planning refuses fewer, and says why
+        doing = exits.enter_context(screen(console, config.verbose))
+        folder = RunDir.when_needed(config.output.folder, config.output.name, f"{run_name(config)}-verify", exits)
+        num_ranks = max(1, config.pipeline.num_ranks)  # planning refuses fewer, and says why
+        workers = task.workers(num_ranks, lambda: folder().ranks, doing)
         start = cache(lambda: exits.enter_context(workers))
-        plan = task.plan(workers=start)
+        plan = task.plan(workers=start, doing=doing)
         task.pipeline(plan)  # refuses what cannot train
-        run = RunDir.create(config.output.folder, config.output.name, f"{run_name(config)}-verify")
-        exits.callback(run.remove_if_empty)
+        run = folder()
         console.print(partition_table(plan))
         start()
         OmegaConf.save(config, run.config)
         plan.save(run.plan)
-        with console.status("training it split and unsplit"):  # shown in a terminal only
-            verdict = verify(
-                task.objective,
-                task.example,
-                plan,
-                optimizer=task.optimizer,
-                workers=workers,
-                max_norm=config.training.max_norm,
-                seed=config.training.seed,
-                steps=config.steps,
-            )
+        verdict = verify(
+            task.objective,
+            task.example,
+            plan,
+            optimizer=task.optimizer,
+            workers=workers,
+            max_norm=config.training.max_norm,
+            seed=config.training.seed,
+            steps=config.steps,
+            doing=doing,
+        )
     run.write_verdict(verdict.to_json())
     console.print(verdict_table(verdict))
     for note in verdict_notes(verdict):

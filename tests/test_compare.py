@@ -46,7 +46,12 @@ def hparams(events):
 
 def test_every_combination_is_measured_on_one_set_of_workers(folder, monkeypatch):
     sets, real = [], modelpar.compare.Task.workers
-    monkeypatch.setattr(modelpar.compare.Task, "workers", lambda task, ranks: sets.append(ranks) or real(task, ranks))
+
+    def workers(task, num_ranks, *others):
+        sets.append(num_ranks)
+        return real(task, num_ranks, *others)
+
+    monkeypatch.setattr(modelpar.compare.Task, "workers", workers)
     words = [*GPT, *QUICK, *ROUNDS, "partition=uniform,by_parameters", "schedule=gpipe,1f1b"]
     outcome = call("compare", *words)
     assert (outcome.code, outcome.err) == (0, "")

@@ -167,7 +167,9 @@ def test_a_choice_is_named_by_its_file():
     assert configs.choice(config, "optimizer") == "RMSprop"
 
 
-SECTIONS = "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output, cluster"
+SECTIONS = (
+    "data, model, partition, schedule, transport, optimizer, lr_schedule, pipeline, training, output, verbose, cluster"
+)
 TRAINING = ", ".join(
     f"training.{name}"
     for name in ("steps", "batch_size", "max_norm", "seed", "eval_every", "eval_samples", "trace_every")
@@ -226,6 +228,9 @@ TRAINING = ", ".join(
             "training=3",
             f"training is 3; expected training.… with one of {TRAINING.replace('training.', '')}",
         ),
+        ("verbose=3", "verbose is 3; expected 0 (quiet), 1, or 2 (says more)"),
+        ("verbose=-1", "verbose is -1; expected 0 (quiet), 1, or 2 (says more)"),
+        ("verbose=true", "verbose is True; expected a whole number"),
         ("cluster.memory=true", "cluster.memory is True; expected bytes, or such as 8GB"),
         (
             "cluster.memory=8XB",

@@ -78,6 +78,7 @@ def test_the_commands_of_the_readme_are_real():
         "profile",
         "verify",
         "view",
+        "report",
     }
     for words in shown:
         check_command(words)
@@ -99,10 +100,10 @@ def check_command(words: list[str]) -> None:
         return
     assert words[0] == "modelpar", words
     command, *rest = words[1:]
-    if command == "view":
+    if command in ("view", "report"):
         parser = argparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("paths", nargs="+")
-        parser.add_argument("--port", type=int)
+        parser.add_argument(*(["--port"] if command == "view" else ["--output"]))
         parser.parse_args(rest)
     elif command == "compare" or rest[:1] == ["-m"]:
         lists = configs.parse_lists([word for word in rest if word != "-m"])

@@ -3,6 +3,7 @@
 import json
 import shlex
 import subprocess
+from contextlib import ExitStack
 
 import pytest
 import torch
@@ -54,6 +55,20 @@ def test_a_folder_that_cannot_be_made_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"the run folder .*/file/run cannot be made: Not a directory"):
         RunDir.create(tmp_path / "file", "run", "")
+
+
+def test_a_folder_is_made_when_it_is_needed_and_goes_when_nothing_came_of_it(tmp_path):
+    for name, logs in (("unused", False), ("made", False), ("used", True)):
+        with ExitStack() as exits:
+            folder = RunDir.when_needed(tmp_path / name, "run", "", exits)
+            assert not (tmp_path / name).exists()
+            if name != "unused":
+                run = folder()
+                assert folder() is run
+                run.ranks.mkdir()
+            if logs:
+                (run.ranks / "rank0.log").write_text("started")
+        assert (tmp_path / name / "run").exists() is logs
 
 
 def test_only_an_empty_folder_is_removed(tmp_path):

@@ -245,6 +245,8 @@ def test_view_serves_a_folder_of_runs_until_it_is_interrupted(tmp_path: Path) ->
     for name in ("gpipe", "1f1b"):
         with RunWriter(tmp_path / "runs" / name, small_plan()) as writer:
             writer.step(step(0), 1.0, 8)
+            for number in range(12):
+                writer.trace(number, step(number).timeline)
     process, url = started_view(tmp_path / "runs")
     try:
         assert url.startswith("http://127.0.0.1:")
@@ -253,6 +255,9 @@ def test_view_serves_a_folder_of_runs_until_it_is_interrupted(tmp_path: Path) ->
         assert "stage_utilization/stage 1" in tags["gpipe"]
         query = urllib.parse.urlencode({"run": "gpipe", "tag": "train/loss"})
         assert [point[1:] for point in get(f"{url}data/plugin/scalars/scalars?{query}")] == [[0, 4.0]]
+        assert get(f"{url}data/plugins_listing")["modelpar"]["tab_name"] == "Pipeline"
+        shown = get(f"{url}data/plugin/modelpar/runs")["runs"]
+        assert [run["steps"] for run in shown] == [list(range(12))] * 2  # by itself TensorBoard keeps 10
         process.send_signal(signal.SIGINT)
         assert process.wait(timeout=30) == 0
         with pytest.raises(OSError, match="refused"):

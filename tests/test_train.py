@@ -5,6 +5,7 @@ import json
 import math
 import signal
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from modelpar.task import task_of
 from modelpar.train import train
 
 FILES = {"config.yaml", "plan.json", "result.json", "weights.safetensors", "events"}
+FILES_OF_PROCESSES = FILES | {"ranks"}
 FEW = ["training.batch_size=4", "training.eval_samples=6", "pipeline.num_microbatches=2", "output.name=run"]
 SHORT = [*FEW, "training.steps=5", "training.eval_every=2", "training.trace_every=2"]
 
@@ -334,10 +336,11 @@ def divide(x):
     raise ZeroDivisionError("this layer divides by zero")
 
 def kill(x):
+    print("killed now")
     os.kill(os.getpid(), signal.SIGKILL)
 
 def hang(x):
-    print("hanging", flush=True)
+    print("hanging")
     Event().wait()
 
 def make(act):
@@ -425,11 +428,13 @@ def test_a_worker_that_is_killed(poisoned):
     outcome = command.outcome()
     assert outcome.code == 1
     assert outcome.err.startswith("modelpar: the process of rank 1 was ended by SIGKILL; it last said that it ")
+    assert outcome.err.endswith("; its log is runs/run/ranks/rank1.log\n")
     assert outcome.err.count("\n") == 1
     assert command.left() == []
     result = check_kept(poisoned, "failed", result_of(poisoned)["steps"])
     assert result["steps"] in (BAD_STEP - 1, BAD_STEP)  # a step's result may be lost with the process
-    assert listing(poisoned / "runs" / "run") == FILES
+    assert listing(poisoned / "runs" / "run") == FILES_OF_PROCESSES
+    assert (poisoned / "runs" / "run" / "ranks" / "rank1.log").read_text().endswith("killed now\n")
 
 
 def test_ctrl_c_ends_after_the_step_and_saves_everything(tmp_path, monkeypatch):
@@ -448,7 +453,7 @@ def test_ctrl_c_ends_after_the_step_and_saves_everything(tmp_path, monkeypatch):
     steps = result_of(tmp_path)["steps"]
     assert 6 <= steps < 1000000
     result = check_kept(tmp_path, "interrupted", steps)
-    assert listing(tmp_path / "runs" / "run") == FILES
+    assert listing(tmp_path / "runs" / "run") == FILES_OF_PROCESSES
     assert result["heldout_losses"][-1]["steps"] == steps
     model, _, _ = gpt.build(context=8, width=16, depth=2, heads=2)
     load_into(model, "runs/run")
@@ -456,9 +461,17 @@ def test_ctrl_c_ends_after_the_step_and_saves_everything(tmp_path, monkeypatch):
     assert heldout_loss(model, configs.load("train", words)) == pytest.approx(expected, rel=1e-6)
 
 
+def wait_text(path: Path, text: str, command: Command) -> None:
+    """Waits until a command has written a text to a file."""
+    idle = Event()
+    while command.poll() is None and not (path.exists() and text in path.read_text()):
+        idle.wait(0.02)
+    assert text in path.read_text()
+
+
 def test_ctrl_c_twice_ends_at_once(poisoned):
     command = Command(poisoned, "train", "model=file", "model.factory=model.py:hanging", "transport=rpc", *POISONED)
-    command.wait_line("hanging")
+    wait_text(poisoned / "runs" / "run" / "ranks" / "rank1.log", "hanging\n", command)
     command.send_signal(signal.SIGINT)
     assert "stopping after the step under way" in command.stderr.readline()
     command.send_signal(signal.SIGINT)
@@ -476,6 +489,6 @@ def test_a_file_with_its_own_layers_over_rpc(poisoned):
     assert (outcome.code, outcome.err) == (0, "")
     assert command.left() == []
     assert "12 samples drawn from the model's example batch of 6" in outcome.out
-    assert listing(poisoned / "runs" / "run") == FILES
+    assert listing(poisoned / "runs" / "run") == FILES_OF_PROCESSES
     assert result_of(poisoned)["status"] == "done"
     assert set(load_file("runs/run/weights.safetensors")) == {"first.weight", "last.weight", "last.bias"}

@@ -72,13 +72,13 @@ def _candidates(found: Fitted) -> Iterator[tuple[Advice, Plan]]:
     link = plan.cluster.link
     free = Link(action_seconds=link.action_seconds, data_seconds=link.data_seconds, end_seconds=link.end_seconds)
     cheap = replace(plan.cluster, link=free, links=())
-    yield Advice("communication", "messages that cost nothing", 0.0, at_most=True), replace(plan, cluster=cheap)
+    yield Advice("communication", "a link that costs nothing", 0.0, at_most=True), replace(plan, cluster=cheap)
     quick = replace(plan.cluster, link=replace(link, data_seconds=0.0))
-    yield Advice("data", "batches that are ready in time", 0.0), replace(plan, cluster=quick)
+    yield Advice("data", "having batches ready in time", 0.0), replace(plan, cluster=quick)
     if max(found.slowness) > 1.0:
         slow = found.slowness.index(max(found.slowness))
         speeds = tuple(s * found.slowness[r] if r == slow else s for r, s in enumerate(plan.cluster.speeds))
-        what = f"rank {slow} as fast as the others"
+        what = f"rank {slow} being as fast as the others"
         yield Advice("slow rank", what, 0.0), replace(plan, cluster=replace(plan.cluster, speeds=speeds))
 
 
@@ -129,13 +129,13 @@ def _other_counts(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
         return
     if size % 2 == 0:
         count = 2 * number
-        change = f"{count} micro-batches instead of {number}"
-        caveat = f"if {size // 2} samples compute as fast, each, as {size} do"
+        change = f"cutting batches into {count} micro-batches"
+        caveat = f"if each sample takes as long in a micro-batch of {size // 2} as in one of {size}"
         advice = Advice("schedule bubble", change, 0.0, f"pipeline.num_microbatches={count}", caveat)
         yield advice, replace(plan, profile=_halved(plan.profile, 1), schedule=make(plan.num_ranks, count))
     else:
         count = 2 * number
-        change = f"a batch of {count * size} samples in {count} micro-batches"
+        change = f"doubling the batch to {count * size} samples in {count} micro-batches"
         options = f"training.batch_size={count * size} pipeline.num_microbatches={count}"
         advice = Advice(
             "schedule bubble", change, 0.0, options, "per sample; the optimizer then takes half as many steps"
@@ -144,7 +144,7 @@ def _other_counts(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
     if number % 2 == 0:
         count = number // 2
         advice = Advice(
-            "overhead", f"{count} micro-batches instead of {number}", 0.0, f"pipeline.num_microbatches={count}"
+            "overhead", f"cutting batches into {count} micro-batches", 0.0, f"pipeline.num_microbatches={count}"
         )
         yield advice, replace(plan, profile=_halved(plan.profile, -1), schedule=make(plan.num_ranks, count))
 

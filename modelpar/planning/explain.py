@@ -15,6 +15,8 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.steadiness import StepTime, Straggler, drift, stragglers
 from modelpar.planning.timeline import Timeline
 
+MOST_TIMELINES = 5
+"""How many of a run's last traced steps are enough to explain it."""
 _WORTH_SAYING = 0.01
 """Share of a step below which a gain is none."""
 

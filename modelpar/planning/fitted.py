@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from statistics import median, median_low
@@ -12,7 +13,7 @@ from modelpar.planning.flow import Flow, flow, usual_transfers
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost
 from modelpar.planning.simulate import predict
-from modelpar.planning.timeline import Timeline
+from modelpar.planning.timeline import COMPUTE, Timeline
 
 _SLOW = 1.2
 """How many times longer than the others a rank must take for its layers before the rank, not the profile, is blamed."""
@@ -58,12 +59,23 @@ def _flow(plan: Plan, timeline: Timeline) -> Flow:
 
 
 def _slowness(plan: Plan, timelines: Sequence[Timeline], expected: Timeline) -> tuple[float, ...]:
-    ranks = range(plan.num_ranks)
-    if plan.profile.source != "measured" or not all(expected.busy(rank) for rank in ranks):
+    took, profiled = _usual_seconds(plan, timelines), _usual_seconds(plan, [expected])
+    if plan.profile.source != "measured" or not all(profiled):
         return (1.0,) * plan.num_ranks
-    ratios = [median(timeline.busy(rank) for timeline in timelines) / expected.busy(rank) for rank in ranks]
+    ratios = [own / before for own, before in zip(took, profiled, strict=True)]
     usual = median_low(ratios)
     return tuple(ratio / usual if usual and ratio > _SLOW * usual else 1.0 for ratio in ratios)
+
+
+def _usual_seconds(plan: Plan, timelines: Sequence[Timeline]) -> list[float]:
+    """Returns per rank what one micro-batch usually takes in all its stages; one slow computation does not count."""
+    known: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for span in (span for timeline in timelines for span in timeline.spans if span.kind in COMPUTE):
+        known[span.stage, span.kind].append(span.seconds)
+    found = [0.0] * plan.num_ranks
+    for (stage, _), seconds in known.items():
+        found[plan.schedule.stage_to_rank[stage]] += median(seconds)
+    return found
 
 
 def _link(link: Link, flows: Sequence[Flow], known: Sequence[Flow]) -> Link:

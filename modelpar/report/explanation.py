@@ -11,6 +11,7 @@ from modelpar.planning.explain import Explanation
 from modelpar.report.units import ms, percent
 
 _LITTLE = 0.03
+_LEAST = 0.01
 _MOST_ADVICE, _MOST_STRAGGLERS = 4, 3
 
 
@@ -31,8 +32,23 @@ def advice_text(advice: Advice, uncertainty: float) -> str:
     return f"{advice.change} saves {percent(advice.gain)}"
 
 
+def parts_text(found: Explanation) -> str:
+    """Returns what a step is made of in one line, the largest part first; parts below 1 % are left out."""
+    shares = [(name, seconds / found.makespan) for name, seconds in found.breakdown.parts if found.makespan]
+    shares = sorted((share for share in shares if share[1] >= _LEAST), key=lambda share: -share[1])
+    return "   ".join(f"{name} {percent(share)}" for name, share in shares)
+
+
 def sentences(found: Explanation) -> tuple[str, ...]:
     """Returns what else is worth saying: slow ranks, steps that took long, how sure all this is."""
+    how_sure = (
+        f"Gains are simulated with the costs that were measured, which gives this step to {percent(abs(found.error))}."
+    )
+    return (*steadiness_sentences(found), how_sure)
+
+
+def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
+    """Returns what there is to say of ranks and of steps that are slower than others."""
     said = []
     for rank, slow in enumerate(found.slowness):
         if slow > 1.0:
@@ -50,9 +66,6 @@ def sentences(found: Explanation) -> tuple[str, ...]:
     if found.drift:
         way = "slower" if found.drift > 0 else "faster"
         said.append(f"Steps became {percent(abs(found.drift))} {way} from the first to the last quarter of the run.")
-    said.append(
-        f"Gains are simulated with the costs that were measured, which gives this step to {percent(abs(found.error))}."
-    )
     return tuple(said)
 
 

@@ -22,11 +22,13 @@ from rich.table import Table
 from rich.text import Text
 
 from modelpar.planning.balance import imbalance
+from modelpar.planning.explain import Explanation
 from modelpar.planning.memory import peak_microbatches_per_stage, stage_memory_bytes
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.timeline import Timeline
 from modelpar.report.boxes import axis_text, box_text, boxes_of, legend_text, numbered_kinds
+from modelpar.report.explanation import headline, parts_text, steadiness_sentences
 from modelpar.report.units import count, error, megabytes, ms, percent
 
 
@@ -227,6 +229,7 @@ class TrainingSummary:
     baseline: tuple[str, float] | None = None
     """A name and a loss to compare with, such as ("byte-unigram entropy", 3.21)."""
     predicted_step_seconds: float | None = None
+    explanation: Explanation | None = None
 
 
 def training_summary(summary: TrainingSummary) -> RenderableType:
@@ -252,6 +255,11 @@ def training_summary(summary: TrainingSummary) -> RenderableType:
         off = error(summary.predicted_step_seconds / summary.step_seconds - 1) if summary.step_seconds else "–"
         text += f" measured   {ms(summary.predicted_step_seconds)} predicted ({off})"
     grid.add_row("step time", text)
+    if summary.explanation is not None:
+        grid.add_row("made of", parts_text(summary.explanation))
+        grid.add_row("verdict", headline(summary.explanation))
+        for sentence in steadiness_sentences(summary.explanation):
+            grid.add_row("", sentence)
     return Group(grid, Text(summary.view_command, style="bold", no_wrap=True, overflow="ignore"))
 
 

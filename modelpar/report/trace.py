@@ -87,7 +87,7 @@ def decode(data: bytes) -> Trace:
             timeline = Timeline(content["num_ranks"], tuple(_spans_of_rows(content["spans"])))
         else:
             spans = tuple(_spans_of_columns(content["ranks"], content["causes"]))
-            timeline = Timeline(len(content["ranks"]), spans, content["clock_error"])
+            timeline = Timeline(len(content["ranks"]), spans, content.get("clock_error", 0.0))
         plan = Plan.from_json(content["plan"])
         if timeline.num_ranks != plan.num_ranks or any(span.stage >= plan.num_stages for span in timeline.spans):
             raise ValueError("its timeline is not of its plan")

@@ -150,9 +150,9 @@ class RpcTransport:
         else:
             self.send(to, key, wire.pack(value))
 
-    def beat(self, key: tuple[Any, ...], value: Any) -> None:
-        """Sends a sign of life to the controller from any thread, without looking after it."""
-        rpc.rpc_async(self._name(CONTROLLER), _deliver, (key, value), timeout=_NEVER)
+    def tell(self, key: tuple[Any, ...], value: Any) -> torch.futures.Future[None]:
+        """Sends something to the controller from any thread, without looking after it; returns what ends with it."""
+        return rpc.rpc_async(self._name(CONTROLLER), _deliver, (key, value), timeout=_NEVER)
 
     def flush(self) -> None:
         """Waits for all sends; see `Transport.flush`."""

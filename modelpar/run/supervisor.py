@@ -101,4 +101,6 @@ class Supervisor:
         return self._echo[1] if self._echo and now - self._echo[0] > _ECHO_SECONDS else None
 
     def _last_words(self, rank: int) -> str:
-        return f"it last said that it {self._statuses[rank]}" if rank in self._statuses else "it never said anything"
+        said = f"it last said that it {self._statuses[rank]}" if rank in self._statuses else "it never said anything"
+        log = self._launch.log(rank) if self._launch else None
+        return f"{said}; its log is {log}" if log else said

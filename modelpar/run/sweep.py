@@ -35,6 +35,8 @@ IN_FLIGHT = 2
 """How many micro-batches are alive at once."""
 _LEAST_ROUNDS, _MOST_ROUNDS = 4, 40
 _WARMUP_ROUNDS = 1
+_TELL_SECONDS = 0.5
+"""At most how often progress is told: it takes a fraction of a millisecond, in no measured time."""
 _SPLITS = 3
 """How often a backward is split into the gradients of inputs and those of weights."""
 
@@ -86,10 +88,12 @@ def sweep(
     device: torch.device,
     lock: Any,
     watch_memory: Callable[[], PeakMemory],
+    progress: Callable[[float, float], None] | None = None,
 ) -> SweepResult:
     """Times programs, in execution order. Where threads share a process, `lock` guards its random generators.
 
-    `watch_memory` is called when the programs' code has been used once: what that loads stays.
+    `watch_memory` is called when the programs' code has been used once: what that loads stays. `progress` is told now
+    and then how many seconds have gone by, and of how many.
     """
     torch.set_num_threads(work.num_threads)
     clock = _clock(device, work.num_threads)
@@ -97,11 +101,15 @@ def sweep(
     memory = watch_memory()
     runs = _Runs(work, programs, device, lock, clock)
     rounds: list[list[_Step]] = []
-    begun = time.perf_counter()
+    begun = told = time.perf_counter()
     while len(rounds) < _WARMUP_ROUNDS + _LEAST_ROUNDS or (
         time.perf_counter() - begun < work.seconds and len(rounds) < _MOST_ROUNDS
     ):
         rounds.append(runs.step())
+        now = time.perf_counter()
+        if progress and now - told > _TELL_SECONDS:
+            told = now
+            progress(now - begun, _expected_seconds(work, len(rounds), now - begun))
     peak_bytes = memory.bytes()
     found = [_typical([step[unit] for step in rounds[_WARMUP_ROUNDS:]]) for unit in range(len(programs))]
     nothing = found.pop()
@@ -120,6 +128,12 @@ def sweep(
             )
         )
     return SweepResult(tuple(times), peak_bytes)
+
+
+def _expected_seconds(work: SweepWork, num_rounds: int, elapsed: float) -> float:
+    """Returns how long all rounds will take, from how long some took."""
+    each = elapsed / num_rounds
+    return max((_WARMUP_ROUNDS + _LEAST_ROUNDS) * each, min(work.seconds, _MOST_ROUNDS * each))
 
 
 class _Step(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import traceback
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -25,6 +26,9 @@ from modelpar.run.update import Settings, Update
 
 RUN = "run"
 """The command to run a batch: it and its reply take the way of the values."""
+
+
+_log = logging.getLogger(__name__)
 
 
 class Closed(Exception):
@@ -73,6 +77,8 @@ class Worker:
         try:
             while True:
                 name, arguments = self._mailbox.wait(("command", number))
+                if name != RUN:
+                    _log.debug("is told to %s", name)
                 if name == "stop":
                     return True
                 reply = commands[name](**arguments)
@@ -107,6 +113,8 @@ class Worker:
             program: StageProgram = wire.receive(parcel)
             self._make(program)
             runners[program.stage] = StageRunner(program, settings.seed, device, self._random_lock)
+            first, last = program.layers[0], program.layers[-1]
+            _log.info("has stage %d, %s … %s, on %s", program.stage, first, last, device)
         exchange = Exchange(self.rank, plan.schedule.stage_to_rank, self._mailbox, self._transport, device)
         update = Update(plan, settings, runners, exchange)
         self._executors[pipeline] = Executor(plan, runners, exchange, update, memory)
@@ -130,7 +138,12 @@ class Worker:
         for program in received:
             self._make(program)
         alone = self._random_lock is None
-        return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs))
+        _log.info("times %d runs of layers", len(received) - 1)
+        progress = self._report_progress if self.rank == 0 else None
+        return sweep(work, received, place, self._random_lock, lambda: _memory(place, alone, programs), progress)
+
+    def _report_progress(self, done: float, total: float) -> None:
+        self._transport.send(CONTROLLER, ("progress", self.rank), (done, total))
 
     def _make(self, program: StageProgram) -> None:
         """Makes what is not there of a stage: it may draw from the generators."""
@@ -152,6 +165,8 @@ class Worker:
             where.append(executor.describe(action, error))
         text = "".join(traceback.format_exception(error))
         secondary = isinstance(error, Unreachable)
+        if self._random_lock is None:  # among threads the controller, which raises it, is the same process
+            _log.info("failed: %s", text.rstrip())
         return Failure(self.rank, f"{type(error).__name__}: {error}", ", ".join(where), text, secondary)
 
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 from modelpar.errors import ConfigError, ModelparError, RunError, StepTimeout
+from modelpar.planning.doing import Doing, silent
 from modelpar.planning.timeline import Span
-from modelpar.run import cuda
+from modelpar.run import cuda, notices
 from modelpar.run.clocks import Clocks
 from modelpar.run.launch.base import Launch
 from modelpar.run.launch.local import ProcessLaunch
@@ -20,6 +23,8 @@ from modelpar.run.transport import Key, Unreachable
 from modelpar.run.worker import RUN
 
 TRANSPORTS = ("rpc", "threads")
+
+_log = logging.getLogger(__name__)
 
 
 class Workers:
@@ -36,6 +41,11 @@ class Workers:
     `shared_memory=False` sends the values of a run, too, as messages over RPC, as between hosts. `cuda_ipc=True` leaves
     CUDA tensors on the device on their way between processes, by CUDA's own sharing; it has not been run yet.
 
+    `logs` is a folder, or a function that makes one when it is needed: each process then writes what it logs and prints
+    to a file of its own there, rank0.log and so on; without one, prints go where those of this process go. Warnings of
+    any rank are logged here, too, with its name. Processes take over the level of the logger "modelpar". `doing` is
+    told how the start goes.
+
     Raises ConfigError for arguments that cannot be used, before anything is started.
     """
 
@@ -49,6 +59,8 @@ class Workers:
         port: int = 0,
         shared_memory: bool = True,
         cuda_ipc: bool = False,
+        logs: str | Path | Callable[[], str | Path] | None = None,
+        doing: Doing = silent,
     ):
         if num_ranks < 1:
             raise ConfigError(f"num_ranks is {num_ranks}; expected at least 1")
@@ -65,6 +77,8 @@ class Workers:
         self.num_ranks = num_ranks
         self._kind, self._port, self._shared_memory, self._cuda_ipc = transport, port, shared_memory, cuda_ipc
         self._heartbeat_timeout, self._step_timeout = heartbeat_timeout, step_timeout
+        self._logs, self._doing = logs, doing
+        self._on_progress = _nobody
         self._launch: Launch | None = None
         self._commands = [itertools.count() for _ in range(num_ranks)]
         self._numbers = itertools.count()
@@ -72,18 +86,23 @@ class Workers:
         self._supervisor = Supervisor(num_ranks, heartbeat_timeout, self._on_error)
         self._error: ModelparError | None = None
         self._routes = {"heartbeat": self._supervisor.heartbeat, "failure": self._supervisor.failure}
+        self._routes |= {"notice": notices.say, "progress": lambda _, progress: self._on_progress(*progress)}
 
     def __enter__(self) -> Self:
         """Starts the ranks; raises ConfigError where the port is in use, StartError where a process does not start."""
         if self._launch is not None:
             raise RunError("these workers were started before; expected a new Workers for each `with` block")
+        begun = time.perf_counter()
         if self._kind == "threads":
             self._launch = ThreadLaunch(self.num_ranks, self._routes)
         else:
             beat = min(1.0, self._heartbeat_timeout / 4, (self._step_timeout or 4.0) / 4)
+            logs = self._logs() if callable(self._logs) else self._logs
             how = {"shared_memory": self._shared_memory, "cuda_ipc": self._cuda_ipc}
+            how |= {"logs": None if logs is None else Path(logs), "doing": self._doing}
             self._launch = ProcessLaunch(self.num_ranks, self._routes, self._port, beat, **how)
         self._supervisor.watch(self._launch)
+        _log.debug("%d ranks over %s started in %.1f s", self.num_ranks, self._kind, time.perf_counter() - begun)
         return self
 
     def __exit__(
@@ -122,8 +141,24 @@ class Workers:
         """Waits for a value sent to the controller; raises what ended the workers, if something does."""
         return self._running.mailbox.wait(key)
 
-    def wait_replies(self, tickets: list[tuple[int, int]], *, step: bool = False) -> list[Any]:
-        """Waits for replies; a step may take step_timeout, then StepTimeout says what every rank waits for."""
+    def wait_replies(
+        self,
+        tickets: list[tuple[int, int]],
+        *,
+        step: bool = False,
+        progress: Callable[[float, float | None], None] | None = None,
+    ) -> list[Any]:
+        """Waits for replies; a step may take step_timeout, then StepTimeout says what every rank waits for.
+
+        `progress` is called with what ranks report meanwhile, from any thread.
+        """
+        self._on_progress = progress or _nobody
+        try:
+            return self._replies(tickets, step)
+        finally:
+            self._on_progress = _nobody
+
+    def _replies(self, tickets: list[tuple[int, int]], step: bool) -> list[Any]:
         limit = self._step_timeout if step else None
         deadline = None if limit is None else time.monotonic() + limit
         replies = []
@@ -175,3 +210,7 @@ class Workers:
         self._error = error
         assert self._launch
         self._launch.mailbox.close(error)
+
+
+def _nobody(done: float, total: float | None) -> None:
+    """Is told of progress that nobody asked for."""

@@ -15,14 +15,15 @@ from tensorboard.data.provider import DataProvider, RunTagFilter
 from tensorboard.errors import NotFoundError
 
 from modelpar.errors import ConfigError
+from modelpar.planning.explain import MOST_TIMELINES
+from modelpar.planning.plan import Plan
+from modelpar.planning.steadiness import StepTime
 from modelpar.report.runs import Run
-from modelpar.report.tensorboard.names import BUBBLE, PLUGIN, RESULT, STEP_SECONDS, TRACE
+from modelpar.report.tensorboard.names import BUBBLE, PLUGIN, RESULT, STEP_SECONDS, TRACE, UTILIZATION, rank_names
 
 _SETTLED = 3
 """Steps at the beginning that do not count, where there are enough others."""
 _ALL = 1_000_000
-_LAST = 5
-"""How many traces a Run brings with it."""
 _NO_TRACES = (
     "holds no traces: they come with the 5th step, with every training.trace_every-th and with the last one; "
     "runs of earlier versions have none"
@@ -69,6 +70,18 @@ class Reader:
                 others.append(name)
         return runs, [_not_ours(others)] if others else []
 
+    def step_times(self, run: str, plan: Plan) -> list[StepTime]:
+        """Returns how long the settled steps of a run took, and how long each rank computed in them."""
+        tags = [STEP_SECONDS, *(f"{UTILIZATION}{name}" for name in rank_names(plan))]
+        curves = self._scalars(RunTagFilter(runs=[run], tags=tags)).get(run, {})
+        shares = [dict(curves.get(tag, [])) for tag in tags[1:]]
+        points = curves.get(STEP_SECONDS, [])
+        settled = points[_SETTLED:] if len(points) > 2 * _SETTLED else points
+        return [
+            StepTime(step, seconds, tuple(share.get(step, 0.0) * seconds for share in shares))
+            for step, seconds in settled
+        ]
+
     def trace(self, run: str, step: int) -> bytes:
         """Returns the trace of a step; raises ConfigError where there is none."""
         steps = self._traces(RunTagFilter(runs=_stored(run), tags=[TRACE])).get(run, {})
@@ -91,7 +104,7 @@ class Reader:
         }
 
     def _last(self, traces: Mapping[int, str]) -> tuple[bytes, ...]:
-        blobs = (self._blob(key) for _, key in list(traces.items())[-_LAST:])
+        blobs = (self._blob(key) for _, key in list(traces.items())[-MOST_TIMELINES:])
         return tuple(blob for blob in blobs if blob is not None)
 
     def _blob(self, key: str) -> bytes | None:

@@ -29,7 +29,16 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.timeline import Timeline
 from modelpar.report.image import timeline_image
-from modelpar.report.tensorboard.names import BUBBLE, MEMORY, PLUGIN, RESULT, STEP_SECONDS, TRACE, rank_names
+from modelpar.report.tensorboard.names import (
+    BUBBLE,
+    MEMORY,
+    PLUGIN,
+    RESULT,
+    STEP_SECONDS,
+    TRACE,
+    UTILIZATION,
+    rank_names,
+)
 from modelpar.report.text import cost_unit, stage_rows, tied_note
 from modelpar.report.trace import Trace, encode
 from modelpar.report.units import megabytes, percent
@@ -80,7 +89,7 @@ class RunWriter:
         if self._plan.prediction is not None:
             values["step/predicted_seconds"] = self._plan.prediction.step_seconds
         for curve, times in zip(self._curves, analysis.ranks, strict=True):
-            values[f"stage_utilization/{curve}"] = times.utilization
+            values[f"{UTILIZATION}{curve}"] = times.utilization
             values[f"stage_wait/{curve}"] = times.wait / analysis.makespan if analysis.makespan else 0.0
         for curve, num_bytes in zip(self._curves, result.peak_bytes, strict=False):
             values[f"{MEMORY}{curve}"] = num_bytes / 1e6

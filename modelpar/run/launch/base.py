@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Protocol
 
 from modelpar.run.transport import Mailbox, Transport
@@ -20,6 +21,9 @@ class Launch(Protocol):
 
     def status(self, rank: int) -> str | None:
         """Says what a rank is doing, where that can be seen from here."""
+
+    def log(self, rank: int) -> Path | None:
+        """Returns the file with what a rank logged and printed, where it has one of its own."""
 
     def stop(self) -> None:
         """Waits for ranks that were told to stop to end."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from threading import RLock, Thread
 
 from modelpar.run.transport import Mailbox, Routes, ThreadTransport
@@ -30,6 +31,10 @@ class ThreadLaunch:
     def status(self, rank: int) -> str:
         """Says what a rank is doing."""
         return self._workers[rank].status()
+
+    def log(self, rank: int) -> Path | None:
+        """Returns nothing: what a thread logs and prints is said by the process."""
+        return None
 
     def stop(self) -> None:
         """Waits for the threads."""

@@ -1,0 +1,60 @@
+"""What a command says besides its results, by its option `verbose`.
+
+::
+
+    verbose=0   errors
+    verbose=1   and warnings, those of any rank with its name; in a terminal what goes on, and how long it will take
+    verbose=2   and what was found, reused and measured; ranks log more into their files
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from threading import current_thread
+
+from rich.console import Console
+
+from modelpar.report.progress import Activity
+from modelpar.run.notices import log_warning
+
+_SHOWN = (logging.ERROR, logging.WARNING, logging.DEBUG)
+"""From which level on records are shown, by `verbose`."""
+_LOGGED = (logging.WARNING, logging.INFO, logging.DEBUG)
+"""From which level on modelpar logs, here and in the ranks' files."""
+_RANK = "modelpar-rank"
+"""How the names of threads begin that are ranks."""
+
+
+@contextmanager
+def screen(console: Console, verbose: int) -> Iterator[Activity]:
+    """Shows log records and Python's warnings on standard error while the block runs; yields what shows progress."""
+    root, ours = logging.getLogger(), logging.getLogger("modelpar")
+    before = root.handlers[:], root.level, ours.level, warnings.showwarning
+    root.handlers[:] = [_Shown(_SHOWN[verbose])]  # Hydra has one of its own there
+    root.setLevel(logging.WARNING)
+    ours.setLevel(_LOGGED[verbose])
+    warnings.showwarning = log_warning
+    try:
+        with Activity(console, shown=verbose > 0) as activity:
+            yield activity
+    finally:
+        root.handlers[:], level, our_level, warnings.showwarning = before
+        root.setLevel(level)
+        ours.setLevel(our_level)
+
+
+class _Shown(logging.Handler):
+    """Prints records on whatever standard error is at the time: a progress bar puts itself there to stay below."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Prints a record; one of a thread that is a rank with the rank's name."""
+        thread = current_thread().name
+        name = f"rank {thread.removeprefix(_RANK)}: " if thread.startswith(_RANK) else ""
+        try:
+            print(name + self.format(record), file=sys.stderr, flush=True)
+        except Exception:  # a text that its arguments do not fit, or nobody to print for
+            self.handleError(record)
