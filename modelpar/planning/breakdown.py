@@ -23,7 +23,7 @@ from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
-from modelpar.planning.flow import Flow, usual_transfers
+from modelpar.planning.flow import Flow, pair, ways
 from modelpar.planning.timeline import COMPUTE, Span
 
 PARTS = ("useful work", "schedule bubble", "stage imbalance", "communication", "data", "overhead")
@@ -111,7 +111,7 @@ class _Replay:
     """A step that can be played again with other lengths."""
 
     def __init__(self, flow: Flow):
-        spans, usual = flow.timeline.spans, usual_transfers(flow)
+        spans, usual = flow.timeline.spans, ways([flow])
         working = [i for i, span in enumerate(spans) if span.kind != "wait"]
         self._spans = spans
         self._before = [_working(flow, i) for i in flow.previous]
@@ -128,7 +128,10 @@ class _Replay:
             if arrow.wait >= 0:
                 arrived, user = spans[arrow.wait].end, after[arrow.wait]
             else:  # it was there in time, nobody knows since when
-                arrived, user = min(source.end + usual.get(target.kind, 0.0), ready[arrow.target]), arrow.target
+                arrived, user = (
+                    min(source.end + usual.get(pair(source, target), 0.0), ready[arrow.target]),
+                    arrow.target,
+                )
             sent = min(max(arrived, source.start), source.end)
             share = (sent - source.start) / source.seconds if source.seconds else 1.0
             self._arrivals[user].append(_Arrival(arrow.source, share, arrived - sent))

@@ -29,6 +29,10 @@ _PRODUCERS = {"value": ("F",), "grad": ("I", "B"), "tied_grad": ("W", "B")}
 """The ops that give a value of a micro-batch, by its kind."""
 
 
+Pair = tuple[int, int]
+"""Two ranks, the smaller first."""
+
+
 class Arrow(NamedTuple):
     """A value's way from one rank to another."""
 
@@ -83,17 +87,24 @@ def flow(timeline: Timeline, graph: StageGraph, stage_to_rank: Sequence[int]) ->
     return Flow(timeline, tuple(_arrows(spans, graph, stage_to_rank)), previous)
 
 
-def usual_transfers(flow: Flow) -> dict[str, float]:
-    """Returns how long values take from the end of their sending until they are there, by the kind that used them.
+def ways(flows: Sequence[Flow]) -> dict[Pair, float]:
+    """Returns per pair of ranks how long the values of micro-batches usually are on their way, once they are sent.
 
     Only those that were waited for tell; nobody knows when the others were there.
     """
-    spans = flow.timeline.spans
-    known: defaultdict[str, list[float]] = defaultdict(list)
-    for arrow in flow.arrows:
-        if arrow.wait >= 0:
-            known[spans[arrow.target].kind].append(max(0.0, spans[arrow.wait].end - spans[arrow.source].end))
-    return {kind: median(seconds) for kind, seconds in known.items()}
+    found: defaultdict[Pair, list[float]] = defaultdict(list)
+    for each in flows:
+        spans = each.timeline.spans
+        for arrow in each.arrows:
+            source, target = spans[arrow.source], spans[arrow.target]
+            if arrow.wait >= 0 and target.kind in COMPUTE:
+                found[pair(source, target)].append(max(0.0, spans[arrow.wait].end - source.end))
+    return {ends: median(seconds) for ends, seconds in found.items()}
+
+
+def pair(source: Span, target: Span) -> Pair:
+    """Returns the ranks of two spans."""
+    return min(source.rank, target.rank), max(source.rank, target.rank)
 
 
 def _arrows(spans: Sequence[Span], graph: StageGraph, stage_to_rank: Sequence[int]) -> Iterator[Arrow]:
