@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median_low
 
-from modelpar.errors import ModelparError
 from modelpar.planning import partitioners, schedules
 from modelpar.planning.cluster import Link
 from modelpar.planning.decide import decide
@@ -51,38 +52,56 @@ def advise(found: Fitted) -> tuple[Advice, ...]:
     A change of the batch counts by the time per sample.
     """
     size = found.plan.num_microbatches * found.plan.profile.microbatch_size
-    gains = []
-    for advice, plan in _candidates(found):
+    gains: list[Advice] = []
+    for advice, change in _candidates(found):
         try:
+            plan = change()
             check_memory(plan)
             seconds = predict(plan).makespan * size / (plan.num_microbatches * plan.profile.microbatch_size)
-        except ModelparError:  # it does not fit, or waits for ever
+        except Exception:  # it does not fit, waits for ever, or the user's own schedule function does not take it
             continue
-        if seconds < found.seconds:
+        if seconds < found.seconds and advice.options not in {each.options for each in gains if each.options}:
             gains.append(replace(advice, gain=1.0 - seconds / found.seconds))
     return tuple(sorted(gains, key=lambda advice: -advice.weight))
 
 
-def _candidates(found: Fitted) -> Iterator[tuple[Advice, Plan]]:
-    """Yields changes with the plans that they make of the fitted one."""
-    plan = found.plan
-    yield from _other_splits(plan)
-    yield from _other_counts(plan)
-    yield from _other_schedules(plan)
-    link = plan.cluster.link
-    free = Link(action_seconds=link.action_seconds, data_seconds=link.data_seconds, end_seconds=link.end_seconds)
-    cheap = replace(plan.cluster, link=free, links=())
-    yield Advice("communication", "a link that costs nothing", 0.0, at_most=True), replace(plan, cluster=cheap)
-    quick = replace(plan.cluster, link=replace(link, data_seconds=0.0))
-    yield Advice("data", "having batches ready in time", 0.0), replace(plan, cluster=quick)
+_Candidate = tuple[Advice, Callable[[], Plan]]
+"""A change without its gain, and what makes it of the fitted plan."""
+
+
+def _candidates(found: Fitted) -> Iterator[_Candidate]:
+    yield from _other_splits(found.plan)
+    yield from _other_counts(found.plan)
+    yield from _other_schedules(found.plan)
+    yield from _other_links(found.plan)
     if max(found.slowness) > 1.0:
         slow = found.slowness.index(max(found.slowness))
-        speeds = tuple(s * found.slowness[r] if r == slow else s for r, s in enumerate(plan.cluster.speeds))
+        cluster = found.plan.cluster
+        speeds = tuple(s * found.slowness[r] if r == slow else s for r, s in enumerate(cluster.speeds))
         what = f"rank {slow} being as fast as the others"
-        yield Advice("slow rank", what, 0.0), replace(plan, cluster=replace(plan.cluster, speeds=speeds))
+        yield Advice("slow rank", what, 0.0), lambda: replace(found.plan, cluster=replace(cluster, speeds=speeds))
 
 
-def _other_splits(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
+def _other_links(plan: Plan) -> Iterator[_Candidate]:
+    """Yields the plan with free messages, with the slowest link as fast as the usual one, and with data in time."""
+    cluster, link = plan.cluster, plan.cluster.link
+    free = Link(action_seconds=link.action_seconds, data_seconds=link.data_seconds, end_seconds=link.end_seconds)
+    advice = Advice("communication", "a link that costs nothing", 0.0, at_most=True)
+    yield advice, lambda: replace(plan, cluster=replace(cluster, link=free, links=()))
+    if len(cluster.links) > 1:
+        first, second, slowest = max(cluster.links, key=lambda each: each[2].latency)
+        usual = median_low(each.latency for _, _, each in cluster.links)
+        links = tuple(
+            (a, b, replace(each, latency=min(each.latency, usual)) if each is slowest else each)
+            for a, b, each in cluster.links
+        )
+        what = f"a link between ranks {first} and {second} as fast as the others"
+        yield Advice("communication", what, 0.0), lambda: replace(plan, cluster=replace(cluster, links=links))
+    quick = replace(cluster, link=replace(link, data_seconds=0.0))
+    yield Advice("data", "having batches ready in time", 0.0), lambda: replace(plan, cluster=quick)
+
+
+def _other_splits(plan: Plan) -> Iterator[_Candidate]:
     """Yields the splits with one border of the slowest stage moved, and the one that `optimal` finds."""
     bounds, cuts, names = plan.partition.bounds, plan.graph.cuts, [layer.name for layer in plan.graph.layers]
     seconds = [
@@ -100,53 +119,55 @@ def _other_splits(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
             what = moved[0] if len(moved) == 1 else f"{moved[0]} … {moved[-1]}"
             target = slowest - 1 if border == slowest else slowest + 1
             partition = Partition((*bounds[:border], cut, *bounds[border + 1 :]))
-            yield (
-                Advice(
-                    "stage imbalance", f"moving {what} from stage {slowest} to stage {target}", 0.0, _manual(partition)
-                ),
-                replace(plan, partition=partition),
-            )
-    if plan.generator is not None:
-        try:
-            best = decide(
-                plan.graph, plan.profile, plan.cluster, partitioners.optimal, plan.schedule, plan.generator
-            ).partition
-        except ModelparError:
-            return
-        balance = "-".join(map(str, best.balance))
-        advice = Advice("stage imbalance", f"splitting the layers {balance}", 0.0, _manual(best))
-        yield advice, replace(plan, partition=best)
+            yield _split(plan, f"moving {what} from stage {slowest} to stage {target}", partition)
+    if (best := _optimal(plan)) is not None:
+        yield _split(plan, f"splitting the layers {'-'.join(map(str, best.balance))}", best)
 
 
-def _manual(partition: Partition) -> str:
-    return f"partition=manual partition.balance=[{','.join(map(str, partition.balance))}]"
+def _optimal(plan: Plan) -> Partition | None:
+    """Returns the split that `optimal` finds; None where it finds none."""
+    try:
+        return decide(
+            plan.graph,
+            plan.profile,
+            plan.cluster,
+            partitioners.optimal,
+            plan.schedule,
+            plan.generator or (lambda num_ranks, num_microbatches: plan.schedule),
+        ).partition
+    except Exception:  # nothing fits, or the user's own schedule function does not take other numbers of ranks
+        return None
 
 
-def _other_counts(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
+def _split(plan: Plan, change: str, partition: Partition) -> _Candidate:
+    options = f"partition=manual partition.balance=[{','.join(map(str, partition.balance))}]"
+    return Advice("stage imbalance", change, 0.0, options), lambda: replace(plan, partition=partition)
+
+
+def _other_counts(plan: Plan) -> Iterator[_Candidate]:
     """Yields the plan with twice and with half as many micro-batches, of the same batch where it can be cut so."""
     make, size, number = plan.generator, plan.profile.microbatch_size, plan.num_microbatches
     if make is None:
         return
+
+    def cut(count: int, profile: Profile) -> Callable[[], Plan]:
+        return lambda: replace(plan, profile=profile, schedule=make(plan.num_ranks, count))
+
+    twice, options = 2 * number, f"pipeline.num_microbatches={2 * number}"
     if size % 2 == 0:
-        count = 2 * number
-        change = f"cutting batches into {count} micro-batches"
         caveat = f"if each sample takes as long in a micro-batch of {size // 2} as in one of {size}"
-        advice = Advice("schedule bubble", change, 0.0, f"pipeline.num_microbatches={count}", caveat)
-        yield advice, replace(plan, profile=_halved(plan.profile, 1), schedule=make(plan.num_ranks, count))
+        advice = Advice("schedule bubble", f"cutting batches into {twice} micro-batches", 0.0, options, caveat)
+        yield advice, cut(twice, _halved(plan.profile, 1))
     else:
-        count = 2 * number
-        change = f"doubling the batch to {count * size} samples in {count} micro-batches"
-        options = f"training.batch_size={count * size} pipeline.num_microbatches={count}"
-        advice = Advice(
-            "schedule bubble", change, 0.0, options, "per sample; the optimizer then takes half as many steps"
+        caveat = "per sample, with training.batch_size doubled: the optimizer then takes half as many steps"
+        yield (
+            Advice("schedule bubble", f"doubling the batch, in {twice} micro-batches", 0.0, options, caveat),
+            cut(twice, plan.profile),
         )
-        yield advice, replace(plan, schedule=make(plan.num_ranks, count))
     if number % 2 == 0:
-        count = number // 2
-        advice = Advice(
-            "overhead", f"cutting batches into {count} micro-batches", 0.0, f"pipeline.num_microbatches={count}"
-        )
-        yield advice, replace(plan, profile=_halved(plan.profile, -1), schedule=make(plan.num_ranks, count))
+        half = number // 2
+        change, options = f"cutting batches into {half} micro-batches", f"pipeline.num_microbatches={half}"
+        yield Advice("overhead", change, 0.0, options), cut(half, _halved(plan.profile, -1))
 
 
 def _halved(profile: Profile, times: int) -> Profile:
@@ -170,7 +191,7 @@ def _scaled(layer: LayerCost, factor: float) -> LayerCost:
     )
 
 
-def _other_schedules(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
+def _other_schedules(plan: Plan) -> Iterator[_Candidate]:
     """Yields the plan under other known schedules with one stage per rank."""
     if plan.num_stages != plan.num_ranks or plan.schedule.kind != "train":
         return
@@ -178,4 +199,4 @@ def _other_schedules(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
         schedule = make(plan.num_ranks, plan.num_microbatches)
         if schedule != plan.schedule:
             advice = Advice("schedule bubble", f"the schedule {name}", 0.0, f"schedule={name}")
-            yield advice, replace(plan, schedule=schedule, generator=make)
+            yield advice, partial(replace, plan, schedule=schedule, generator=make)

@@ -37,8 +37,8 @@ def fitted(plan: Plan, timelines: Sequence[Timeline]) -> Fitted:
     """Returns a plan with the costs that one or more timelines of full batches show.
 
     Medians over micro-batches and timelines replace what the profile says: of each stage's forward and backward, shared
-    out over its layers as profiled; of norms and optimizer; of the wait for data; of sending, and of values' way between
-    each two ranks. A rank that takes far longer for its layers than others for theirs gets a lower speed instead.
+    out over its layers as profiled; of norms and optimizer; of the wait for data; of sending, and of the way between
+    two ranks. A rank that takes far longer for its layers than others for theirs gets a lower speed instead.
     """
     expected = predict(_with_end(plan))
     flows = [flow(each, plan.stage_graph, plan.schedule.stage_to_rank) for each in (*timelines, expected)]
