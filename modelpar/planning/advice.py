@@ -144,7 +144,7 @@ def _other_counts(plan: Plan) -> Iterator[tuple[Advice, Plan]]:
     if number % 2 == 0:
         count = number // 2
         advice = Advice(
-            "overhead", f"cutting batches into {count} micro-batches", 0.0, f"pipeline.num_microbatches={count}"
+            "overhead", f"cutting batches into only {count} micro-batches", 0.0, f"pipeline.num_microbatches={count}"
         )
         yield advice, replace(plan, profile=_halved(plan.profile, -1), schedule=make(plan.num_ranks, count))
 
