@@ -66,7 +66,7 @@ def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
             said.append(f"Rank {rank} is {slow:.1f} × as slow as the usual rank, by the profile of its layers.")
     if found.stragglers:
         shown = [
-            f"{each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
+            f"step {each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
             for each in sorted(found.stragglers, key=lambda each: -each.times)[:_MOST_STRAGGLERS]
         ]
         number = len(found.stragglers)
