@@ -36,8 +36,8 @@ def simulated(
 
 
 @st.composite
-def steps(draw: st.DrawFn) -> tuple[Timeline, Flow]:
-    """Simulated steps of all kinds of graphs."""
+def steps(draw: st.DrawFn) -> tuple[Timeline, Flow, StageGraph]:
+    """Simulated steps of all kinds of graphs, stage s on rank s."""
     graph = draw(stage_graphs())
     seconds = st.floats(0.01, 3.0)
     costs = [StageCost(*(draw(seconds) for _ in range(5))) for _ in range(graph.num_stages)]
@@ -50,7 +50,7 @@ def steps(draw: st.DrawFn) -> tuple[Timeline, Flow]:
         timeline = simulate(order, costs, graph, cluster)
     except DeadlockError:  # a tied tensor's gradient per micro-batch, in an order that never has it
         assume(False)
-    return timeline, flow(timeline, graph, order.stage_to_rank)
+    return timeline, flow(timeline, graph, order.stage_to_rank), graph
 
 
 def test_the_docstrings_example() -> None:
@@ -75,8 +75,8 @@ def test_the_critical_path_of_a_step_with_one_slow_stage_runs_through_it() -> No
 
 @settings(deadline=None, max_examples=50)
 @given(steps())
-def test_the_critical_path_covers_the_step_without_a_hole(step: tuple[Timeline, Flow]) -> None:
-    timeline, found = step
+def test_the_critical_path_covers_the_step_without_a_hole(step: tuple[Timeline, Flow, StageGraph]) -> None:
+    timeline, found, _ = step
     path = [timeline.spans[i] for i in found.critical]
     taking = max(0.5, 3 * 0.1) * 9  # what a rank does without a span: taking values
     assert path[-1].end == timeline.makespan
@@ -90,8 +90,8 @@ def test_the_critical_path_covers_the_step_without_a_hole(step: tuple[Timeline, 
 
 @settings(deadline=None, max_examples=50)
 @given(steps())
-def test_arrows_join_ranks_and_do_not_go_back_in_time(step: tuple[Timeline, Flow]) -> None:
-    timeline, found = step
+def test_arrows_join_ranks_and_do_not_go_back_in_time(step: tuple[Timeline, Flow, StageGraph]) -> None:
+    timeline, found, _ = step
     for arrow in found.arrows:
         source, target = timeline.spans[arrow.source], timeline.spans[arrow.target]
         assert source.rank != target.rank
@@ -103,8 +103,8 @@ def test_arrows_join_ranks_and_do_not_go_back_in_time(step: tuple[Timeline, Flow
 
 @settings(deadline=None, max_examples=50)
 @given(steps())
-def test_played_again_a_step_takes_as_long_and_its_parts_add_up(step: tuple[Timeline, Flow]) -> None:
-    timeline, found = step
+def test_played_again_a_step_takes_as_long_and_its_parts_add_up(step: tuple[Timeline, Flow, StageGraph]) -> None:
+    timeline, found, _ = step
     again = breakdown_module._Replay(found).makespan(lambda span: span.seconds)
     assert again == pytest.approx(timeline.makespan, rel=1e-9)
     parts = breakdown(found)
@@ -115,8 +115,10 @@ def test_played_again_a_step_takes_as_long_and_its_parts_add_up(step: tuple[Time
 
 @settings(deadline=None, max_examples=30)
 @given(steps(), st.data())
-def test_what_is_on_the_critical_path_makes_a_step_longer(step: tuple[Timeline, Flow], data: st.DataObject) -> None:
-    timeline, found = step
+def test_what_is_on_the_critical_path_makes_a_step_longer(
+    step: tuple[Timeline, Flow, StageGraph], data: st.DataObject
+) -> None:
+    timeline, found, _ = step
     replay = breakdown_module._Replay(found)
     computing = [i for i, span in enumerate(timeline.spans) if span.kind in COMPUTE]
     chosen = timeline.spans[data.draw(st.sampled_from(computing))]
@@ -174,3 +176,45 @@ def test_a_measured_step_is_played_again_as_it_was(shared_workers, transport, nu
         assert breakdown(found).seconds == pytest.approx(timeline.makespan, rel=1e-9)
         values = [a for a in found.arrows if timeline.spans[a.target].kind in COMPUTE]
         assert len(values) == 2 * 4 * (num_ranks - 1)  # every micro-batch crosses every cut, forth and back
+
+
+def as_on_a_gpu(timeline: Timeline) -> Timeline:
+    """The same step with what a GPU's timeline has besides: the time between a wait and its computation receives."""
+    spans = []
+    for i, span in enumerate(timeline.spans):
+        spans.append(span)
+        following = timeline.spans[i + 1] if i + 1 < len(timeline.spans) else span
+        if span.kind == "wait" and following.rank == span.rank and following.kind in COMPUTE:
+            spans.append(span._replace(kind="receive", start=span.end, end=following.start))
+    return Timeline(timeline.num_ranks, tuple(spans))
+
+
+def named(found: Flow) -> list[tuple[object, ...]]:
+    """The arrows without what depends on positions."""
+    spans = found.timeline.spans
+    return [(spans[a.source], spans[a.target], spans[a.wait] if a.wait >= 0 else None) for a in found.arrows]
+
+
+@settings(deadline=None, max_examples=50)
+@given(steps())
+def test_what_a_gpu_receives_changes_no_arrow(step: tuple[Timeline, Flow, StageGraph]) -> None:
+    timeline, found, graph = step
+    there = as_on_a_gpu(timeline)
+    again = flow(there, graph, range(graph.num_stages))
+    assert named(again) == named(found)
+    assert sum(again.critical_share(stage) for stage in range(graph.num_stages)) <= 1 + 1e-9
+    assert breakdown(again).seconds == pytest.approx(timeline.makespan, rel=1e-9)
+    assert breakdown(again).communication >= breakdown(found).communication - 1e-9
+
+
+@settings(deadline=None, max_examples=50)
+@given(steps(), st.data())
+def test_a_step_is_played_again_as_it_was_also_where_clocks_disagree(
+    step: tuple[Timeline, Flow, StageGraph], data: st.DataObject
+) -> None:
+    timeline, _, graph = step
+    shifts = [data.draw(st.floats(-3.0, 3.0)) for _ in range(timeline.num_ranks)]
+    moved = [s._replace(start=s.start + shifts[s.rank], end=s.end + shifts[s.rank]) for s in timeline.spans]
+    there = Timeline.of(timeline.num_ranks, moved)
+    again = flow(there, graph, range(graph.num_stages))
+    assert breakdown_module._Replay(again).makespan(lambda span: span.seconds) == pytest.approx(there.makespan)

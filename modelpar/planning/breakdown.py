@@ -18,11 +18,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from graphlib import TopologicalSorter
 from itertools import pairwise
 from statistics import fmean
 from typing import NamedTuple
 
-from modelpar.planning.flow import Flow, usual_transfers
+from modelpar.planning.flow import Flow, pair, ways
 from modelpar.planning.timeline import COMPUTE, Span
 
 PARTS = ("useful work", "schedule bubble", "stage imbalance", "communication", "data", "overhead")
@@ -95,59 +96,67 @@ def breakdown(flow: Flow) -> Breakdown:
     return Breakdown(useful, bubble, imbalance, communication, data, step_end + between, step_end)
 
 
-class _Item(NamedTuple):
-    """A span that is no wait, and what it came after."""
+class _Arrival(NamedTuple):
+    """A value that something had to wait for, if it had been there later."""
 
-    span: Span
-    before: int
-    """Position of the one before it on its rank, −1 for the first."""
-    gap: float
-    """Seconds between all that it had to come after, and its start."""
-    arrivals: tuple[tuple[int, float], ...]
-    """Positions of what sent it values, and how long after the end of that each value was there."""
+    source: int
+    """The span that sent it."""
+    share: float
+    """The share of that span after which it was sent."""
+    transfer: float
+    """Seconds from then on until it was there; negative where the clocks of two ranks disagree by more."""
 
 
 class _Replay:
     """A step that can be played again with other lengths."""
 
     def __init__(self, flow: Flow):
-        spans, usual = flow.timeline.spans, usual_transfers(flow)
-        order = sorted((i for i, s in enumerate(spans) if s.kind != "wait"), key=lambda i: (spans[i].start, i))
-        position = {i: place for place, i in enumerate(order)} | {-1: -1}
-        before = [_working(flow, i) for i in flow.previous]
-        ready = [spans[i].end if i >= 0 else 0.0 for i in before]
+        spans, usual = flow.timeline.spans, ways([flow])
+        working = [i for i, span in enumerate(spans) if span.kind != "wait"]
+        self._spans = spans
+        self._before = [_working(flow, i) for i in flow.previous]
+        ready = [spans[i].end if i >= 0 else 0.0 for i in self._before]
         """When each span could begin: what its rank did before has ended, the last thing it waited for is there."""
+        after = _next_working(flow)
         for arrow in flow.arrows:
             if arrow.wait >= 0:
-                ready[arrow.target] = max(ready[arrow.target], spans[arrow.wait].end)
-        arrivals: defaultdict[int, list[tuple[int, float]]] = defaultdict(list)
+                user = after[arrow.wait]
+                ready[user] = max(ready[user], spans[arrow.wait].end)
+        self._arrivals: defaultdict[int, list[_Arrival]] = defaultdict(list)
         for arrow in flow.arrows:
             source, target = spans[arrow.source], spans[arrow.target]
             if arrow.wait >= 0:
-                transfer = spans[arrow.wait].end - source.end
+                arrived, user = spans[arrow.wait].end, after[arrow.wait]
             else:  # it was there in time, nobody knows since when
-                transfer = min(usual.get(target.kind, 0.0), ready[arrow.target] - source.end)
-            if target.kind == "wait" or position[arrow.source] < position[arrow.target]:
-                arrivals[arrow.target].append((position[arrow.source], transfer))
-        self._items = [
-            _Item(spans[i], position[before[i]], max(0.0, spans[i].start - ready[i]), tuple(arrivals[i])) for i in order
-        ]
-        self._last_waits = [arrival for i, s in enumerate(spans) if s.kind == "wait" for arrival in arrivals[i]]
+                arrived, user = (
+                    min(source.end + usual.get(pair(source, target), 0.0), ready[arrow.target]),
+                    arrow.target,
+                )
+            sent = min(max(arrived, source.start), source.end)
+            share = (sent - source.start) / source.seconds if source.seconds else 1.0
+            self._arrivals[user].append(_Arrival(arrow.source, share, arrived - sent))
+        self._gaps = [max(0.0, span.start - ready[i]) for i, span in enumerate(spans)]
+        self._order = list(TopologicalSorter({i: self._comes_after(i) for i in working}).static_order())
+        self._last_waits = [each for i, span in enumerate(spans) if span.kind == "wait" for each in self._arrivals[i]]
+
+    def _comes_after(self, span: int) -> list[int]:
+        before = self._before[span]
+        return [*(each.source for each in self._arrivals[span]), *([before] if before >= 0 else [])]
 
     def makespan(self, seconds: Callable[[Span], float], *, gaps: bool = True, transfers: bool = True) -> float:
         """Returns how long the step takes if spans last `seconds(span)`, with or without gaps and transfers."""
-        starts: list[float] = []
-        ends: list[float] = []
+        starts, ends = [0.0] * len(self._spans), [0.0] * len(self._spans)
 
-        def arrival(source: int, transfer: float) -> float:
-            return max(starts[source], ends[source] + transfer) if transfers else ends[source]
+        def arrival(each: _Arrival) -> float:
+            sent = starts[each.source] + each.share * (ends[each.source] - starts[each.source])
+            return sent + (each.transfer if transfers else min(each.transfer, 0.0))
 
-        for item in self._items:
-            free = ends[item.before] if item.before >= 0 else 0.0
-            start = max([free, *(arrival(*each) for each in item.arrivals)]) + (item.gap if gaps else 0.0)
-            starts.append(start)
-            ends.append(start + seconds(item.span))
-        return max([0.0, *ends, *(arrival(*each) for each in self._last_waits)])
+        for i in self._order:
+            before = self._before[i]
+            start = max([ends[before] if before >= 0 else 0.0, *map(arrival, self._arrivals[i])])
+            starts[i] = start + (self._gaps[i] if gaps else 0.0)
+            ends[i] = starts[i] + seconds(self._spans[i])
+        return max([0.0, *ends, *map(arrival, self._last_waits)])
 
 
 def _working(flow: Flow, span: int) -> int:
@@ -155,3 +164,12 @@ def _working(flow: Flow, span: int) -> int:
     while span >= 0 and flow.timeline.spans[span].kind == "wait":
         span = flow.previous[span]
     return span
+
+
+def _next_working(flow: Flow) -> list[int]:
+    """Returns for each span, where it is a wait, the next one on its rank that is none; itself where there is none."""
+    spans, found = flow.timeline.spans, list(range(len(flow.timeline.spans)))
+    for i in reversed(range(len(spans) - 1)):
+        if spans[i].kind == "wait" and spans[i + 1].rank == spans[i].rank:
+            found[i] = found[i + 1]
+    return found

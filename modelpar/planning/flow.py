@@ -29,6 +29,10 @@ _PRODUCERS = {"value": ("F",), "grad": ("I", "B"), "tied_grad": ("W", "B")}
 """The ops that give a value of a micro-batch, by its kind."""
 
 
+Pair = tuple[int, int]
+"""Two ranks, the smaller first."""
+
+
 class Arrow(NamedTuple):
     """A value's way from one rank to another."""
 
@@ -68,7 +72,7 @@ class Flow:
     def critical_share(self, stage: int) -> float:
         """Returns the share of the step in which the critical path runs through a stage: it computes or sends."""
         spans = (self.timeline.spans[i] for i in self.critical)
-        seconds = sum(span.seconds for span in spans if span.stage == stage and span.kind != "wait")
+        seconds = sum(span.seconds for span in spans if span.stage == stage and span.kind in COMPUTE | {"send"})
         return seconds / self.timeline.makespan if self.timeline.makespan else 0.0
 
 
@@ -83,17 +87,24 @@ def flow(timeline: Timeline, graph: StageGraph, stage_to_rank: Sequence[int]) ->
     return Flow(timeline, tuple(_arrows(spans, graph, stage_to_rank)), previous)
 
 
-def usual_transfers(flow: Flow) -> dict[str, float]:
-    """Returns how long values take from the end of their sending until they are there, by the kind that used them.
+def ways(flows: Sequence[Flow]) -> dict[Pair, float]:
+    """Returns per pair of ranks how long the values of micro-batches usually are on their way, once they are sent.
 
     Only those that were waited for tell; nobody knows when the others were there.
     """
-    spans = flow.timeline.spans
-    known: defaultdict[str, list[float]] = defaultdict(list)
-    for arrow in flow.arrows:
-        if arrow.wait >= 0:
-            known[spans[arrow.target].kind].append(max(0.0, spans[arrow.wait].end - spans[arrow.source].end))
-    return {kind: median(seconds) for kind, seconds in known.items()}
+    found: defaultdict[Pair, list[float]] = defaultdict(list)
+    for each in flows:
+        spans = each.timeline.spans
+        for arrow in each.arrows:
+            source, target = spans[arrow.source], spans[arrow.target]
+            if arrow.wait >= 0 and target.kind in COMPUTE:
+                found[pair(source, target)].append(max(0.0, spans[arrow.wait].end - source.end))
+    return {ends: median(seconds) for ends, seconds in found.items()}
+
+
+def pair(source: Span, target: Span) -> Pair:
+    """Returns the ranks of two spans."""
+    return min(source.rank, target.rank), max(source.rank, target.rank)
 
 
 def _arrows(spans: Sequence[Span], graph: StageGraph, stage_to_rank: Sequence[int]) -> Iterator[Arrow]:
@@ -106,13 +117,12 @@ def _arrows(spans: Sequence[Span], graph: StageGraph, stage_to_rank: Sequence[in
     wanted: dict[tuple[int, str], list[ValueKey]] = {}
     """What stages need for an op of micro-batch 0, from other ranks."""
     waits: dict[str, int] = {}
-    """Waits since the rank's last span of another kind, by what was waited for."""
+    """The rank's waits for values that have not been used yet, by what was waited for. On a GPU a value is received
+    between the wait for it and its use."""
     for i, span in enumerate(spans):
         last = i + 1 == len(spans) or spans[i + 1].rank != span.rank
         if span.kind == "wait":
             waits[span.cause] = i
-            if not last:
-                continue
         if span.kind in COMPUTE and (span.stage, span.kind) not in wanted:
             keys = needs(graph, Action(span.stage, Op(span.kind), 0)) if span.kind in set(Op) else []
             wanted[span.stage, span.kind] = [
@@ -125,11 +135,12 @@ def _arrows(spans: Sequence[Span], graph: StageGraph, stage_to_rank: Sequence[in
             source = next((found for found in sources if found is not None), None)
             if source is not None:
                 yield Arrow(_send_of(spans, source), i, wait)
-        for wait in waits.values():  # values of the step's end
-            source = _sender(spans, working, stage_to_rank, spans[wait])
-            if source is not None:
-                yield Arrow(source, i, wait)
-        waits.clear()
+        if last or span.kind not in ("wait", "receive"):
+            for wait in waits.values():
+                source = _sender_at_end(spans, working, stage_to_rank, spans[wait])
+                if source is not None:
+                    yield Arrow(source, i, wait)
+            waits.clear()
 
 
 def _send_of(spans: Sequence[Span], computation: int) -> int:
@@ -137,16 +148,16 @@ def _send_of(spans: Sequence[Span], computation: int) -> int:
     following = spans[computation + 1] if computation + 1 < len(spans) else None
     here = spans[computation]
     sends = following is not None and following.kind == "send"
-    same = following is not None and (following.rank, following.stage) == (here.rank, here.stage)
+    same = following is not None and (following.rank, following[4:6]) == (here.rank, here[4:6])
     return computation + 1 if sends and same else computation
 
 
-def _sender(
+def _sender_at_end(
     spans: Sequence[Span], working: dict[int, list[int]], stage_to_rank: Sequence[int], wait: Span
 ) -> int | None:
     """Returns what sent a value of the step's end: the last span of its kind that began before the value arrived."""
     found = _CAUSE.fullmatch(wait.cause)
-    if found is None or int(found[4]) >= len(stage_to_rank):
+    if found is None or found[3] is not None or int(found[4]) >= len(stage_to_rank):
         return None
     begun = [i for i in working[stage_to_rank[int(found[4])]] if spans[i].start < wait.end]
     kind = "optimizer" if found[1] == "weight" else "reduce"

@@ -97,7 +97,7 @@ export function hit(trace, rows, scale, x, y) {
   return lanes.memory ? { rank: row, lane: "memory", index: -1 } : null;
 }
 
-/** Moments in view, 1, 2 or 5 times a power of ten and at least `pixels` apart; and how many decimals they have in ms. */
+/** Moments in view, 1, 2 or 5 times a power of ten and at least `pixels` apart; and their decimals in ms. */
 export function ticksOf(scale, view, pixels = 78) {
   const least = pixels / scale.perSecond;
   const power = 10 ** Math.floor(Math.log10(least));

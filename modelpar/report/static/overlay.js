@@ -37,7 +37,7 @@ function drawFollowed(context, scene, brush, { microbatch, lane }) {
   drawArrows(context, scene, brush.colours, microbatch, lane);
 }
 
-/** The way of one micro-batch's values: from the end of the box that sent it to the beginning of the one that used it. */
+/** The way of a micro-batch's values, each from the end of the box that sent it to the box that used it. */
 function drawArrows(context, { trace, rows, scale }, colours, microbatch, lane) {
   const [arrows, part] = lane === "predicted" ? [trace.predicted_arrows, "predicted"] : [trace.arrows, "measured"];
   const spansOf = (rank) => trace.ranks[rank][lane === "predicted" ? "predicted" : "spans"];

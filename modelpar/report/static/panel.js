@@ -7,7 +7,7 @@ import { hit, rowsOf, scaleOf } from "./layout.js";
 import { drawOverlay } from "./overlay.js";
 import { spokenTable } from "./spoken.js";
 
-/** Makes the panel of a side. `actions`: chooseRun(side, run), chooseStep(side, step), download(run, step): a URL or null. */
+/** Makes the panel of a side. `actions`: chooseRun(side, run), chooseStep(side, step), download(run, step), a URL. */
 export function makePanel(side, actions) {
   const head = h("header", { class: "panel-head" });
   const base = h("canvas", { class: "base", role: "img" });
@@ -38,8 +38,8 @@ export function makePanel(side, actions) {
     spoken.replaceChildren(...(trace ? [spokenTable(side, trace)] : []));
     lanes.hidden = !trace;
     if (!trace) return;
-    const words = `Timeline ${side}, step ${trace.step} of ${trace.run}: ${duration(trace.makespan)}. ${trace.headline}`;
-    base.setAttribute("aria-label", words);
+    const what = `Timeline ${side}, step ${trace.step} of ${trace.run}`;
+    base.setAttribute("aria-label", `${what}: ${duration(trace.makespan)}. ${trace.headline}`);
   }
 
   function resize(pixels) {

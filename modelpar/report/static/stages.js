@@ -77,14 +77,18 @@ function sideRow(side, stage, trace) {
 }
 
 function differenceRow(a, b) {
-  const change = (name, text) =>
-    a[name] === null || b[name] === null ? "–" : b[name] === a[name] ? "=" : signed(b[name] - a[name], text);
+  const difference = (x, y, text) => {
+    const words = text(Math.abs(y - x));
+    return /[1-9]/.test(words) ? signed(y - x, text) : words === "–" ? words : "=";
+  };
+  const change = (name, text) => difference(a[name] ?? NaN, b[name] ?? NaN, text);
   const moved = [
     ...(b.layers || []).filter((layer) => !(a.layers || []).includes(layer)).map((layer) => `+${layer}`),
     ...(a.layers || []).filter((layer) => !(b.layers || []).includes(layer)).map((layer) => `−${layer}`),
   ];
   const sum = (stage) => Object.values(stage.waits || {}).reduce((x, y) => x + y, 0);
-  const number = (text, share = "") => h("td", { class: "number" }, share ? h("small", {}, share) : null, share ? " " : null, text);
+  const number = (text, share = "") =>
+    h("td", { class: "number" }, share ? h("small", {}, share) : null, share ? " " : null, text);
   const points = (b.critical_share || 0) - (a.critical_share || 0);
   return h(
     "tr",
@@ -101,7 +105,7 @@ function differenceRow(a, b) {
     number(change("backward_seconds", millis), ratio(a.backward_seconds, b.backward_seconds)),
     number(change("predicted_backward_seconds", millis)),
     h("td", {}),
-    number(signed(sum(b) - sum(a), millis)),
+    number(difference(sum(a), sum(b), millis)),
     number(`${signed(points * 100, (value) => value.toFixed(0))} points`),
     number(change("peak_bytes", bytes)),
   );
