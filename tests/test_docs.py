@@ -77,6 +77,7 @@ def test_the_commands_of_the_readme_are_real():
         "compare",
         "profile",
         "verify",
+        "explain",
         "view",
         "report",
     }
@@ -100,10 +101,11 @@ def check_command(words: list[str]) -> None:
         return
     assert words[0] == "modelpar", words
     command, *rest = words[1:]
-    if command in ("view", "report"):
+    if command in ("view", "report", "explain"):
         parser = argparse.ArgumentParser(exit_on_error=False)
         parser.add_argument("paths", nargs="+")
-        parser.add_argument(*(["--port"] if command == "view" else ["--output"]))
+        if command != "explain":
+            parser.add_argument(*(["--port"] if command == "view" else ["--output"]))
         parser.parse_args(rest)
     elif command == "compare" or rest[:1] == ["-m"]:
         lists = configs.parse_lists([word for word in rest if word != "-m"])

@@ -106,8 +106,8 @@ def test_a_slow_rank_is_told_from_a_slow_layer(threads):
         layer.seconds *= 4
     found = explain(p, timelines(model, p, threads))
     assert found.slowness[0] == 1.0
-    assert headline(found).startswith(f"rank 1 takes {found.slowness[1]:.1f} × as long as its layers should; ")
-    assert sentences(found)[0].startswith("Rank 1 takes ")
+    assert headline(found).startswith(f"rank 1 is {found.slowness[1]:.1f} × as slow as the usual rank, ")
+    assert sentences(found)[0].startswith("Rank 1 is ")
     assert "rank 1 being as fast as the others" in [advice.change for advice in found.advice]
 
 
@@ -116,7 +116,7 @@ def test_too_few_microbatches_are_named(threads):
     p = planned(model, threads, num_ranks=4, num_microbatches=2)
     found = explain(p, timelines(model, p, threads))
     assert found.largest_loss[0] == "schedule bubble"
-    assert headline(found).startswith("2 micro-batches on 4 ranks leave a bubble of ")
+    assert headline(found).startswith("2 micro-batches on 4 ranks leave a schedule bubble of ")
     assert "cutting batches into 4 micro-batches" in [advice.change for advice in found.advice]
 
 

@@ -166,7 +166,7 @@ def _other_counts(plan: Plan) -> Iterator[_Candidate]:
         )
     if number % 2 == 0:
         half = number // 2
-        change, options = f"cutting batches into {half} micro-batches", f"pipeline.num_microbatches={half}"
+        change, options = f"cutting batches into only {half} micro-batches", f"pipeline.num_microbatches={half}"
         yield Advice("overhead", change, 0.0, options), cut(half, _halved(plan.profile, -1))
 
 

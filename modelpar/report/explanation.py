@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from textwrap import wrap
+
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -10,6 +12,8 @@ from modelpar.planning.advice import Advice
 from modelpar.planning.explain import Explanation
 from modelpar.report.units import ms, percent
 
+_WIDTH = 65
+"""Cells of a line beside "made of" in a terminal 80 cells wide."""
 _LITTLE = 0.03
 _LEAST = 0.01
 _MOST_ADVICE, _MOST_STRAGGLERS = 4, 3
@@ -17,10 +21,15 @@ _MOST_ADVICE, _MOST_STRAGGLERS = 4, 3
 
 def headline(found: Explanation) -> str:
     """Returns what bounds a run, by how much, and the change that helps most, in one line without a full stop."""
-    cause, _ = found.largest_loss
-    helping = [advice for advice in found.advice if not advice.at_most or advice.cause == cause]
-    gains = advice_text(helping[0], found.uncertainty) if helping else "no change that was simulated saves 1 %"
+    best = helping_most(found)
+    gains = advice_text(best, found.uncertainty) if best else "no option that was tried saves 1 %"
     return f"{_cause(found)}; {gains}"
+
+
+def helping_most(found: Explanation) -> Advice | None:
+    """Returns the change that the headline names; a bound only where it is one on what costs most."""
+    cause, _ = found.largest_loss
+    return next((advice for advice in found.advice if not advice.at_most or advice.cause == cause), None)
 
 
 def advice_text(advice: Advice, uncertainty: float) -> str:
@@ -33,18 +42,17 @@ def advice_text(advice: Advice, uncertainty: float) -> str:
 
 
 def parts_text(found: Explanation) -> str:
-    """Returns what a step is made of in one line, the largest part first; parts below 1 % are left out."""
+    """Returns what a step is made of, the largest part first; parts below 1 % are left out, lines end between two."""
     shares = [(name, seconds / found.makespan) for name, seconds in found.breakdown.parts if found.makespan]
     shares = sorted((share for share in shares if share[1] >= _LEAST), key=lambda share: -share[1])
-    return "   ".join(f"{name} {percent(share)}" for name, share in shares)
+    joined = "   ".join(f"{name} {percent(share)}".replace(" ", "\xa0") for name, share in shares)
+    return "\n".join(wrap(joined, _WIDTH)).replace("\xa0", " ")
 
 
 def sentences(found: Explanation) -> tuple[str, ...]:
     """Returns what else is worth saying: slow ranks, steps that took long, how sure all this is."""
-    how_sure = (
-        f"Gains are simulated with the costs that were measured, which gives this step to {percent(abs(found.error))}."
-    )
-    return (*steadiness_sentences(found), how_sure)
+    off = f"{percent(abs(found.error))} too {'long' if found.error > 0 else 'short'}"
+    return (*steadiness_sentences(found), f"Gains are simulated with the costs of these steps; a step comes out {off}.")
 
 
 def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
@@ -52,17 +60,15 @@ def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
     said = []
     for rank, slow in enumerate(found.slowness):
         if slow > 1.0:
-            said.append(f"Rank {rank} takes {slow:.1f} × as long for its layers as profiled, relative to the others.")
+            said.append(f"Rank {rank} is {slow:.1f} × as slow as the usual rank, by the profile of its layers.")
     if found.stragglers:
         shown = [
-            f"{each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
+            f"step {each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
             for each in sorted(found.stragglers, key=lambda each: -each.times)[:_MOST_STRAGGLERS]
         ]
         number = len(found.stragglers)
         what = f"{number} steps" if number > 1 else "1 step"
-        said.append(
-            f"{what} took more than 1.5 × the median: {', '.join(shown)}{', …' if number > len(shown) else ''}."
-        )
+        said.append(f"{what} took far longer than most: {', '.join(shown)}{', …' if number > len(shown) else ''}.")
     if found.drift:
         way = "slower" if found.drift > 0 else "faster"
         said.append(f"Steps became {percent(abs(found.drift))} {way} from the first to the last quarter of the run.")
@@ -87,10 +93,14 @@ def explanation_text(found: Explanation) -> RenderableType:
         text = Text(advice.change)
         text.append("".join(f"\n{line}" for line in more if line), style="dim")
         changes.add_row(f"−{percent(advice.gain)}", text)
-    lines: list[RenderableType] = [Text(headline(found), style="bold"), parts]
+    lines: list[RenderableType] = [
+        Text(headline(found), style="bold"),
+        Text(f"\na step of {ms(found.makespan)} is made of", style="dim"),
+        parts,
+    ]
     if found.advice:
-        lines += [Text("what would shorten the step", style="dim"), changes]
-    return Group(*lines, *map(Text, sentences(found)))
+        lines += [Text("\nwhat would shorten it", style="dim"), changes]
+    return Group(*lines, Text(), *map(Text, sentences(found)))
 
 
 def _cause(found: Explanation) -> str:
@@ -100,13 +110,16 @@ def _cause(found: Explanation) -> str:
         return f"{percent(found.breakdown.useful / found.makespan if found.makespan else 0.0)} of a step is useful work"
     slow = max(found.slowness)
     if slow > 1.0 and name in ("stage imbalance", "schedule bubble"):
-        return f"rank {found.slowness.index(slow)} takes {slow:.1f} × as long as its layers should"
+        return (
+            f"rank {found.slowness.index(slow)} is {slow:.1f} × as slow as the usual rank, by the profile of its layers"
+        )
     plan, critical = found.plan, found.critical
     if name == "stage imbalance":
         stage = critical.index(max(critical))
         return f"stage {stage} is on {percent(critical[stage])} of the critical path"
     if name == "schedule bubble":
-        return f"{plan.num_microbatches} micro-batches on {plan.num_ranks} ranks leave a bubble of {percent(share)}"
+        what = f"{plan.num_microbatches} micro-batches on {plan.num_ranks} ranks"
+        return f"{what} leave a schedule bubble of {percent(share)}"
     if name == "data":
         return f"waiting for data is {percent(share)} of a step"
     if name == "communication":

@@ -28,7 +28,7 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.timeline import Timeline
 from modelpar.report.boxes import axis_text, box_text, boxes_of, legend_text, numbered_kinds
-from modelpar.report.explanation import headline, parts_text, steadiness_sentences
+from modelpar.report.explanation import headline, helping_most, parts_text, steadiness_sentences
 from modelpar.report.units import count, error, megabytes, ms, percent
 
 
@@ -258,6 +258,8 @@ def training_summary(summary: TrainingSummary) -> RenderableType:
     if summary.explanation is not None:
         grid.add_row("made of", parts_text(summary.explanation))
         grid.add_row("verdict", headline(summary.explanation))
+        if (best := helping_most(summary.explanation)) and best.options:
+            grid.add_row("to try", best.options)
         for sentence in steadiness_sentences(summary.explanation):
             grid.add_row("", sentence)
     return Group(grid, Text(summary.view_command, style="bold", no_wrap=True, overflow="ignore"))

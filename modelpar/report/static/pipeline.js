@@ -1,6 +1,7 @@
 // The Pipeline view: strategies, two timelines on one time axis, stages. Python has done the arithmetic; this draws.
 // `startPipelineView(element, source)` fills an element; source.runs() and source.trace(run, step) give what
-// modelpar/report/pipeline_view.py describes, source.download(run, step) the URL of a Chrome trace or null.
+// modelpar/report/view_runs.py and view_trace.py describe, source.download(run, step) the URL of a Chrome trace or
+// null.
 
 import { makeAxis } from "./axis.js";
 import { exact, h, percent } from "./dom.js";
