@@ -59,24 +59,38 @@ _EXAMPLES = {
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs a command and exits: 0 when it is done, 1 when it failed, 2 for bad input, 130 after Ctrl-C."""
     words = list(sys.argv[1:] if arguments is None else arguments)
-    if not words or words[0] in ("-h", "--help"):
-        print(_help())
-        sys.exit(0 if words else 2)
-    command, *rest = words
     try:
-        if command not in _COMMANDS:
-            raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
-        if command not in ("view", "explain", "report") and {"-h", "--help"} & set(rest):
-            print(_command_help(command))
-            return
-        commands = {"train": _train, "simulate": _simulate, "compare": _compare}
-        commands |= {"profile": _profile, "verify": _verify, "view": _view, "explain": _explain, "report": _report}
-        commands[command](rest)
+        try:
+            _run(words)
+        finally:
+            if sys.stdout:  # None where it was closed
+                sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except ModelparError as error:
         print(f"modelpar: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)
+    except OSError as error:  # such as of standard output: a full disk, or "| head", which wants no more
+        if not isinstance(error, BrokenPipeError):
+            print(f"modelpar: {error.filename or 'standard output'}: {error.strerror or error}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python still flushes when it ends
+        sys.exit(1)
+
+
+def _run(words: list[str]) -> None:
+    """Runs the command that the words name."""
+    if not words or words[0] in ("-h", "--help"):
+        print(_help())
+        sys.exit(0 if words else 2)
+    command, *rest = words
+    if command not in _COMMANDS:
+        raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
+    if command not in ("view", "explain", "report") and {"-h", "--help"} & set(rest):
+        print(_command_help(command))
+        return
+    commands = {"train": _train, "simulate": _simulate, "compare": _compare}
+    commands |= {"profile": _profile, "verify": _verify, "view": _view, "explain": _explain, "report": _report}
+    commands[command](rest)
 
 
 _HYDRA_FLAGS = {"-m": 0, "--multirun": 0, "-c": 1, "--cfg": 1, "--resolve": 0, "-p": 1, "--package": 1}
@@ -120,7 +134,7 @@ def _under_hydra(name: str, words: list[str], run: Callable[[DictConfig], None])
     def job(config: DictConfig) -> None:
         try:
             run(config)
-        except (ModelparError, KeyboardInterrupt) as error:
+        except (ModelparError, OSError, KeyboardInterrupt) as error:
             failure.append(error)
             sys.exit(1)  # past Hydra, which would print a traceback
 

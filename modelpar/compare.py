@@ -14,9 +14,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 
 from modelpar import config as configs
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, PlanError, RunError, written
 from modelpar.planning.doing import Doing
-from modelpar.planning.explain import explain
+from modelpar.planning.explain import explain, whole_steps
 from modelpar.planning.memory import stage_memory_bytes
 from modelpar.planning.partitioners import stage_seconds
 from modelpar.planning.plan import Plan
@@ -75,24 +75,34 @@ def compare(overrides: Sequence[str], console: Console) -> list[Row]:
         for candidate in measured:
             candidate.task.pipeline(candidate.plan)  # finds out what cannot train, before anything is made
         run = folder()
-        if measured:
-            _measure(measured, start(), doing)
-        doing("writing the runs")
+        ended = _measure(measured, start(), doing) if measured else None
+        if ended and not any(candidate.results for candidate in candidates):
+            raise ended
+        doing.stop()
+        _show(candidates, console)  # before anything is written, which may fail
         for candidate in candidates:
             candidate.run = _write_run(candidate, run.path)
-    rows = best_first([_row(candidate) for candidate in candidates])
-    console.print(comparison_table(rows))
-    strips = _strips(candidates)
-    if drawn := draw_comparison(strips, console.width):
-        console.print()
-        console.print(drawn)
-    console.print(_verdict(next(each for each in candidates if str(each.run) == rows[0].run)), highlight=False)
-    write(rows, run.path)
-    comparison_image(strips).save(run.path / "comparison.png")
+        rows = best_first([_row(candidate) for candidate in candidates])
+        with written(run.path):
+            write(rows, run.path)
+            comparison_image(_strips(candidates)).save(run.path / "comparison.png")
     for note in dict.fromkeys(note for candidate in candidates for note in prediction_notes(candidate.plan)):
         console.print(note, style="yellow", highlight=False)
     console.print(run.view_command(), style="bold", soft_wrap=True, highlight=False, markup=False)
+    if ended:
+        raise ended
     return rows
+
+
+def _show(candidates: list[_Candidate], console: Console) -> None:
+    """Prints the table, the picture, and what there is to say of the best."""
+    best, *_ = rows = best_first([_row(candidate) for candidate in candidates])
+    console.print(comparison_table(rows))
+    if drawn := draw_comparison(_strips(candidates), console.width):
+        console.print()
+        console.print(drawn)
+    if verdict := _verdict(next(each for each in candidates if each.name == best.name)):
+        console.print(verdict, highlight=False)
 
 
 def _check_same(loaded: list[DictConfig]) -> None:
@@ -149,19 +159,28 @@ def _what(config: DictConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.masked_copy(config, _OF_TASK))
 
 
-def _measure(candidates: list[_Candidate], workers: Workers, doing: Doing) -> None:
-    """Runs all different plans in turn, round after round, on running workers."""
+def _measure(candidates: list[_Candidate], workers: Workers, doing: Doing) -> BaseException | None:
+    """Runs all different plans in turn, round after round, on running workers.
+
+    Returns what ended it early, a failure or Ctrl-C; what has been measured by then is kept.
+    """
     comparison = candidates[0].config.comparison
     turns = list(itertools.product(range(comparison.rounds), _equal(candidates)))
     for number, (_, equals) in enumerate(turns):
         doing(f"measuring {equals[0].name}", number, len(turns))
         task, plan = equals[0].task, equals[0].plan
-        with task.pipeline(plan, workers) as pipeline:
-            training = task.config.training
-            batches = task.data.batches(training.batch_size, training.seed)
-            results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
+        try:
+            with task.pipeline(plan, workers) as pipeline:
+                training = task.config.training
+                batches = task.data.batches(training.batch_size, training.seed)
+                results = list(pipeline.steps(itertools.islice(batches, 1 + comparison.steps)))
+        except RunError as error:
+            return RunError(f"{equals[0].name}: {error}")
+        except KeyboardInterrupt as error:
+            return error
         for candidate in equals:
             candidate.results += results[1:]
+    return None
 
 
 def _equal(candidates: list[_Candidate]) -> list[list[_Candidate]]:
@@ -214,23 +233,27 @@ def _strips(candidates: list[_Candidate]) -> list[Strip]:
 
 
 def _verdict(best: _Candidate) -> str:
-    """Returns where the best combination's time goes, and what would help it most."""
-    timeline = best.results[_typical(best.results)].timeline if best.results else predict(best.plan)
-    return f"{best.name}: {headline(explain(best.plan, [timeline]))}"
+    """Returns where the best combination's time goes, and what would help it most; empty where no step is whole."""
+    timeline = best.results[_typical(best)].timeline if best.results else predict(best.plan)
+    try:
+        return f"{best.name}: {headline(explain(best.plan, [timeline]))}"
+    except PlanError:
+        return ""
 
 
 def _write_run(candidate: _Candidate, folder: Path) -> Path:
     """Writes a TensorBoard run of one candidate: its plan, its steps, its row on the hparams page."""
     run = RunDir.create(folder, candidate.name.replace(" ", "_").replace("/", "-"), "")
-    OmegaConf.save(candidate.config, run.config)
-    candidate.plan.save(run.plan)
+    with written(run.path):
+        OmegaConf.save(candidate.config, run.config)
+        candidate.plan.save(run.plan)
     row = _row(candidate)
     with RunWriter(run.path, candidate.plan, schedule=row.schedule) as writer:
         for number, result in enumerate(candidate.results):
             writer.step(replace(result, step=number), result.timeline.makespan, int(result.count))
         expected = predict(candidate.plan)
         if candidate.results:
-            typical = _typical(candidate.results)
+            typical = _typical(candidate)
             writer.trace(typical, candidate.results[typical].timeline, candidate.results[typical].peak_bytes)
         else:
             writer.trace(0, expected, measured=False)
@@ -244,10 +267,11 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
     return run.path
 
 
-def _typical(results: Sequence[StepResult]) -> int:
-    """Returns the position of the step that took as long as half of the others."""
-    seconds = [result.timeline.makespan for result in results]
-    return seconds.index(median_low(seconds))
+def _typical(candidate: _Candidate) -> int:
+    """Returns the position of the step that took as long as half of the others, of whole ones where there are any."""
+    timelines = [result.timeline for result in candidate.results]
+    seconds = median_low(timeline.makespan for timeline in whole_steps(candidate.plan, timelines) or timelines)
+    return next(i for i, timeline in enumerate(timelines) if timeline.makespan == seconds)
 
 
 def _name(combination: Sequence[str], lists: list[list[str]]) -> str:

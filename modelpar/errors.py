@@ -9,6 +9,7 @@
     │   └── PlanMismatch         a plan made for another model
     ├── CaptureError         a model that modelpar cannot read or split         (also a ValueError)
     └── RunError             something that went wrong while running            (also a RuntimeError)
+        ├── WriteError           a file of a run that cannot be written
         ├── StartError           the workers could not be started
         ├── StageError           an exception inside a stage, with its traceback
         ├── NonFiniteLoss        the loss became inf or nan
@@ -20,6 +21,10 @@ Python users get the exception.
 """
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 
 class ModelparError(Exception):
@@ -58,6 +63,10 @@ class RunError(ModelparError, RuntimeError):
     """Reports something that went wrong while running."""
 
 
+class WriteError(RunError):
+    """Reports a file of a run that cannot be written, such as on a full disk."""
+
+
 class StartError(RunError):
     """Reports workers that could not be started."""
 
@@ -76,6 +85,15 @@ class WorkerLost(RunError):
 
 class StepTimeout(RunError):
     """Reports a step that took longer than allowed, with what every rank was waiting for."""
+
+
+@contextmanager
+def written(path: str | Path) -> Iterator[None]:
+    """Turns an OSError of the block, which writes the file or folder, into a WriteError that names it."""
+    try:
+        yield
+    except OSError as error:
+        raise WriteError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
 def describe(error: BaseException) -> str:

@@ -10,7 +10,7 @@ from rich.text import Text
 from modelpar.errors import ConfigError, ModelparError
 from modelpar.planning.explain import Explanation, explain
 from modelpar.report.explanation import explanation_text
-from modelpar.report.runs import Run
+from modelpar.report.runs import GONE, Run
 from modelpar.report.tensorboard.reader import Reader, provider_of
 from modelpar.report.tensorboard.view import run_folders
 from modelpar.report.trace import decode
@@ -43,7 +43,7 @@ def explain_runs(paths: Sequence[str], console: Console) -> None:
 
 def _explain(run: Run, reader: Reader) -> Explanation:
     if run.problem or not run.blobs:
-        raise ConfigError(run.problem or "its traces are gone: it was written anew meanwhile")
+        raise ConfigError(run.problem or GONE)
     traces = [decode(blob) for blob in run.blobs]
     plan = traces[-1].plan
     return explain(plan, [trace.timeline for trace in traces], reader.step_times(run.name, plan))

@@ -13,7 +13,7 @@ from modelpar.planning.balance import imbalance
 from modelpar.planning.plan import Plan
 from modelpar.report.chrome import write_trace
 from modelpar.report.html import html_report
-from modelpar.report.runs import Run
+from modelpar.report.runs import GONE, Run
 from modelpar.report.tensorboard.reader import Reader, provider_of
 from modelpar.report.tensorboard.view import run_folders
 from modelpar.report.text import partition_table
@@ -41,7 +41,8 @@ def report(paths: Sequence[str], output: str) -> Path:
     with_traces = [run for run in runs if run.blobs]
     if not with_traces:
         problem = next((run.problem for run in runs if run.problem), None)
-        raise ConfigError(f"{', '.join(paths)} {problem or f'holds no traces: {notes[0]}'}")
+        found = notes[0] if notes else GONE
+        raise ConfigError(f"{', '.join(paths)} {problem or f'holds no traces: {found}'}")
     try:
         if path.name.endswith(".html"):
             texts = {run.name: _texts(run, RunDir(Path(folders[run.name]))) for run in with_traces}

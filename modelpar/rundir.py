@@ -8,8 +8,8 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cache
@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, WriteError, written
 from modelpar.planning.graph import Tied
 
 
@@ -120,15 +120,28 @@ class RunDir:
         """Writes weights.safetensors, all of it or nothing: tied tensors once, their other names in the metadata."""
         aliases = {name: tie.names[0] for tie in tied for name in tie.names[1:]}
         once = {name: tensor.contiguous() for name, tensor in state.items() if name not in aliases}
-        temporary = self.weights.with_suffix(".tmp")
-        save_file(once, temporary, {"format": "pt", "tied": json.dumps(aliases)})
-        os.replace(temporary, self.weights)
+        with _whole(self.weights) as temporary:
+            try:
+                save_file(once, temporary, {"format": "pt", "tied": json.dumps(aliases)})
+            except SafetensorError as error:  # also of a full disk
+                raise WriteError(f"{self.weights} cannot be written: {error}") from error
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    with _whole(path) as temporary:
+        temporary.write_text(json.dumps(value, indent=1) + "\n")
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Yields where to write what then becomes the file: all of it, or nothing. Raises WriteError."""
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(value, indent=1) + "\n")
-    os.replace(temporary, path)
+    try:
+        with written(path):
+            yield temporary
+            os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # half a file would fill a full disk for nothing
 
 
 def load_into(model: nn.Module, run: str | Path) -> None:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from threading import current_thread
+from functools import partial
 
 from rich.console import Console
 
@@ -33,18 +34,26 @@ _RANK = "modelpar-rank"
 def screen(console: Console, verbose: int) -> Iterator[Activity]:
     """Shows log records and Python's warnings on standard error while the block runs; yields what shows progress."""
     root, ours = logging.getLogger(), logging.getLogger("modelpar")
-    before = root.handlers[:], root.level, ours.level, warnings.showwarning
+    before = root.handlers[:], root.level, ours.level, warnings.showwarning, threading.excepthook
     root.handlers[:] = [_Shown(_SHOWN[verbose])]  # Hydra has one of its own there
     root.setLevel(logging.WARNING)
     ours.setLevel(_LOGGED[verbose])
     warnings.showwarning = log_warning
+    threading.excepthook = partial(_thread_failed, threading.excepthook)
     try:
         with Activity(console, shown=verbose > 0) as activity:
             yield activity
     finally:
-        root.handlers[:], level, our_level, warnings.showwarning = before
+        root.handlers[:], level, our_level, warnings.showwarning, threading.excepthook = before
         root.setLevel(level)
         ours.setLevel(our_level)
+
+
+def _thread_failed(otherwise: Callable[[threading.ExceptHookArgs], object], failure: threading.ExceptHookArgs) -> None:
+    """Says nothing of an event file that cannot be written: whoever wrote is told with the next record."""
+    writer = type(failure.thread).__module__.startswith("tensorboard.")
+    if not (writer and isinstance(failure.exc_value, OSError)):
+        otherwise(failure)
 
 
 class _Shown(logging.Handler):
@@ -52,7 +61,7 @@ class _Shown(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record; one of a thread that is a rank with the rank's name."""
-        thread = current_thread().name
+        thread = threading.current_thread().name
         name = f"rank {thread.removeprefix(_RANK)}: " if thread.startswith(_RANK) else ""
         try:
             print(name + self.format(record), file=sys.stderr, flush=True)

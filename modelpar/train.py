@@ -17,7 +17,7 @@ from rich.console import Console
 
 from modelpar.config import choice
 from modelpar.data.prefetch import prefetch
-from modelpar.errors import ModelparError
+from modelpar.errors import ModelparError, written
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
 from modelpar.record import Record
@@ -59,8 +59,9 @@ def train(config: DictConfig, console: Console) -> RunDir:
         start()
         doing("handing out the stages")
         exits.enter_context(pipeline)
-        OmegaConf.save(config, run.config)
-        plan.save(run.plan)
+        with written(run.path):
+            OmegaConf.save(config, run.config)
+            plan.save(run.plan)
         writer = exits.enter_context(RunWriter(run.path, plan, schedule=choice(config, "schedule")))
         doing.stop()
         progress = TrainingProgress(console, config.training.steps, quiet=config.verbose == 0)
@@ -123,7 +124,7 @@ def _loop(
                     writer.heldout(len(record.results) - 1, loss)
                     progress.heldout(loss)
                 run.write_weights(pipeline.state_dict(), plan.graph.tied)
-    except ModelparError:
+    except (Exception, SystemExit):  # the latter where nobody reads what is printed any more
         _keep_weights(pipeline, run, plan)
         raise
 

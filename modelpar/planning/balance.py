@@ -12,6 +12,8 @@ from modelpar.planning.plan import Plan
 
 _WORTH_SAYING = 0.05
 _SAME = 1.001
+_FAR = 2.0
+"""How many times the ideal stage a stage takes before its layers are not looked at, where hand-offs are most of it."""
 
 
 def imbalance(plan: Plan) -> str:
@@ -41,6 +43,11 @@ def imbalance(plan: Plan) -> str:
     costs = min(both, key=lambda costs: abs(max(costs) - bottleneck))
     slowest = costs.index(max(costs))
     start = f"Stage {slowest} takes {_percent(max(costs) / ideal - 1)} longer than the ideal stage"
+    own, speed = partition.layers(slowest), cluster.speed(homes[slowest])
+    compute = math.fsum(seconds[i] for i in own) / speed
+    handing_on = f"{start}: hand-offs are {_percent(1 - compute / max(costs))} of its time."
+    if max(costs) > ideal * _FAR and compute - ideal < 0.5 * (max(costs) - ideal):
+        return handing_on
     runs = [range(*pair) for pair in itertools.pairwise((0, *graph.cuts, len(seconds)))]
     taken = [math.fsum(seconds[i] for i in run) for run in runs]
 
@@ -59,10 +66,8 @@ def imbalance(plan: Plan) -> str:
         if free.bottleneck and free.bottleneck * _SAME < bottleneck:
             more = _percent(max(0.0, free.bottleneck / ideal - 1))
             return f"{start}: with more memory per device it would be {more}."
-    own, speed = partition.layers(slowest), cluster.speed(homes[slowest])
-    compute = math.fsum(seconds[i] for i in own) / speed
     if compute <= ideal * (1 + _WORTH_SAYING):
-        return f"{start}: hand-offs are {_percent(1 - compute / max(costs))} of its time."
+        return handing_on
     largest = max((k for k, run in enumerate(runs) if run.start in own), key=lambda k: taken[k])
     return f"{start}: {alone(largest, speed)}."
 

@@ -56,13 +56,7 @@ def explain(plan: Plan, timelines: Sequence[Timeline], steps: Sequence[StepTime]
     `steps` are all settled steps of the run, for what can be said of them together. Raises PlanError where there is no
     timeline, or the timelines are of another plan or of fewer micro-batches.
     """
-    ranks = range(plan.num_ranks)
-    expected = {(op, stage, number) for rank in ranks for stage, op, number in plan.schedule.actions(rank)}
-    whole = [
-        timeline
-        for timeline in timelines
-        if expected <= {(span.kind, span.stage, span.microbatch) for span in timeline.spans}
-    ]
+    whole = whole_steps(plan, timelines)
     if not whole:
         raise PlanError(
             f"none of {len(timelines)} timelines holds every action of the plan; expected one of a step with all "
@@ -85,3 +79,14 @@ def explain(plan: Plan, timelines: Sequence[Timeline], steps: Sequence[StepTime]
         stragglers=stragglers(steps),
         drift=drift([step.seconds for step in steps]),
     )
+
+
+def whole_steps(plan: Plan, timelines: Sequence[Timeline]) -> list[Timeline]:
+    """Returns the timelines that hold every action of the plan, unlike those of a batch with few samples."""
+    ranks = range(plan.num_ranks)
+    expected = {(op, stage, number) for rank in ranks for stage, op, number in plan.schedule.actions(rank)}
+    return [
+        timeline
+        for timeline in timelines
+        if expected <= {(span.kind, span.stage, span.microbatch) for span in timeline.spans}
+    ]

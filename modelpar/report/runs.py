@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+GONE = "its traces are gone: it was written anew meanwhile"
+"""What is said of a run that had traces and has none."""
+
 
 @dataclass(frozen=True)
 class Run:

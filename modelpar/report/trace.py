@@ -19,19 +19,26 @@ from __future__ import annotations
 
 import gzip
 import json
+import math
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
-from modelpar.errors import ConfigError
+from modelpar.errors import ConfigError, PlanError
 from modelpar.planning import schedules
 from modelpar.planning.plan import Plan
-from modelpar.planning.timeline import Span, Timeline
+from modelpar.planning.timeline import COMPUTE, Span, Timeline
 
 FORMAT = 2
 
 _SCHEDULES = f"{schedules.__name__}:"
+_BROKEN = (
+    *(OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError, ArithmeticError),
+    *(RecursionError, MemoryError),
+)
+"""What reading bytes that somebody else wrote may raise."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,20 +96,37 @@ def decode(data: bytes) -> Trace:
             spans = tuple(_spans_of_columns(content["ranks"], content["causes"]))
             timeline = Timeline(len(content["ranks"]), spans, content.get("clock_error", 0.0))
         plan = Plan.from_json(content["plan"])
-        if timeline.num_ranks != plan.num_ranks or any(span.stage >= plan.num_stages for span in timeline.spans):
+        if timeline.num_ranks != plan.num_ranks:
             raise ValueError("its timeline is not of its plan")
-        return Trace(
+        trace = Trace(
             plan=plan,
-            step=content["step"],
+            step=int(content["step"]),
             timeline=timeline,
-            peak_bytes=tuple(content.get("peak_bytes", ())),
-            measured=content["measured"],
-            schedule=content.get("schedule", ""),
+            peak_bytes=tuple(map(int, content.get("peak_bytes", ()))),
+            measured=bool(content["measured"]),
+            schedule=str(content.get("schedule", "")),
         )
+        _check(trace)
+        return trace
     except ConfigError:
         raise
-    except (OSError, EOFError, zlib.error, ValueError, LookupError, TypeError, AttributeError) as error:
+    except PlanError as error:  # such as of a newer modelpar
+        raise ConfigError(f"the trace is broken: {error}") from error
+    except _BROKEN as error:
         raise ConfigError(f"the trace is broken ({type(error).__name__}); expected what modelpar wrote") from error
+
+
+def _check(trace: Trace) -> None:
+    """Raises ValueError where numbers are none that a step can have: whoever shows it would fall over them."""
+    plan, timeline = trace.plan, trace.timeline
+    for previous, span in pairwise((None, *timeline.spans)):
+        begin = previous.start if previous and previous.rank == span.rank else 0.0
+        if not (begin <= span.start <= span.end < math.inf and -1 <= span.stage < plan.num_stages):
+            raise ValueError(f"{span} is no span of the plan")
+        if not isinstance(span.kind, str) or (span.kind in COMPUTE and not (span.stage >= 0 and span.microbatch >= 0)):
+            raise ValueError(f"{span} is nothing that a rank does")
+    if len(trace.peak_bytes) not in (0, plan.num_ranks) or trace.step < 0 or not 0 <= timeline.clock_error < math.inf:
+        raise ValueError("its peaks, step or clock error are none")
 
 
 def _columns(spans: tuple[Span, ...], causes: dict[str, int]) -> dict[str, list[Any]]:

@@ -44,7 +44,7 @@ from modelpar.planning.cluster import Cluster
 from modelpar.planning.memory import stage_memory_bytes
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import StageCost, predict, simulate, stage_costs
-from modelpar.report.runs import Run
+from modelpar.report.runs import GONE, Run
 from modelpar.report.trace import Trace, decode
 from modelpar.report.view_trace import explained, flow_of, said_of
 
@@ -120,7 +120,7 @@ def _run(run: Run, facts: Callable[[tuple[bytes, ...]], Json]) -> Json:
     if run.problem:
         return row
     if not run.blobs:
-        return row | {"problem": "its traces are gone: it was written anew meanwhile"}
+        return row | {"problem": GONE}
     try:
         row |= facts(run.blobs)
     except ModelparError as error:

@@ -19,7 +19,16 @@ from modelpar.planning.explain import MOST_TIMELINES
 from modelpar.planning.plan import Plan
 from modelpar.planning.steadiness import StepTime
 from modelpar.report.runs import Run
-from modelpar.report.tensorboard.names import BUBBLE, PLUGIN, RESULT, STEP_SECONDS, TRACE, UTILIZATION, rank_names
+from modelpar.report.tensorboard.names import (
+    BUBBLE,
+    PARTITION,
+    PLUGIN,
+    RESULT,
+    STEP_SECONDS,
+    TRACE,
+    UTILIZATION,
+    rank_names,
+)
 
 _SETTLED = 3
 """Steps at the beginning that do not count, where there are enough others."""
@@ -29,6 +38,7 @@ _NO_TRACES = (
     "runs of earlier versions have none"
 )
 
+_NO_STEP = "has done no step: it has just begun, or ended in its first one"
 
 _Curves = Mapping[str, Mapping[str, list[tuple[int, float]]]]
 """Per run and tag (step, value), ascending."""
@@ -51,6 +61,7 @@ class Reader:
         results = self._scalars(RunTagFilter(tags=[f"{RESULT}step_seconds", f"{RESULT}bubble"]))
         unfinished = [name for run in traces if run in steps and not results.get(run) for name in _stored(run)]
         curves = self._scalars(RunTagFilter(runs=unfinished, tags=[STEP_SECONDS, BUBBLE])) if unfinished else {}
+        begun = self._begun()
         runs, others = [], []
         for name in sorted(_shown(listed.run_name) for listed in self._provider.list_runs(**self._where)):
             if name in traces:
@@ -66,6 +77,8 @@ class Reader:
                 )
             elif name in steps:
                 runs.append(Run(name, _NO_TRACES, num_steps=steps[name]))
+            elif name in begun:
+                runs.append(Run(name, _NO_STEP))
             else:
                 others.append(name)
         return runs, [_not_ours(others)] if others else []
@@ -119,6 +132,13 @@ class Reader:
             **self._where, plugin_name="scalars", run_tag_filter=RunTagFilter(tags=[BUBBLE])
         )
         return {_shown(run): tags[BUBBLE].max_step + 1 for run, tags in found.items() if BUBBLE in tags}
+
+    def _begun(self) -> set[str]:
+        """Returns the runs that have noted their partition, which those of modelpar do first."""
+        found = self._provider.list_tensors(
+            **self._where, plugin_name="text", run_tag_filter=RunTagFilter(tags=[f"{PARTITION}/text_summary"])
+        )
+        return {_shown(run) for run, tags in found.items() if tags}
 
     def _scalars(self, which: RunTagFilter) -> _Curves:
         found = self._provider.read_scalars(**self._where, plugin_name="scalars", downsample=_ALL, run_tag_filter=which)

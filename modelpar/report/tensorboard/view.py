@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import signal
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tensorboard import program
@@ -94,8 +95,15 @@ def run_folders(paths: Sequence[str]) -> list[tuple[str | None, str]]:
     for folder in folders:
         # TensorBoard splits its list at commas and names at the first colon, so that names may hold neither
         relative = Path(folder).relative_to(common).as_posix()
-        named.append((re.sub(r"[,:]", "_", common.name if relative == "." else relative), folder))
+        name = re.sub(r"[,:]", "_", common.name if relative == "." else relative)
+        taken = {name for name, _ in named}
+        named.append((next(free for free in _numbered(name) if free not in taken), folder))
     return named
+
+
+def _numbered(name: str) -> Iterator[str]:
+    """Yields a name, and then that with numbers behind it."""
+    return itertools.chain([name], (f"{name}-{number}" for number in itertools.count(1)))
 
 
 def _has_event_file(path: str) -> bool:

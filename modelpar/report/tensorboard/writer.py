@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,6 +25,7 @@ from tensorboard.compat.proto.types_pb2 import DT_STRING
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams as hparams_summaries
 
+from modelpar.errors import written
 from modelpar.planning.analysis import analyse
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
@@ -32,6 +34,7 @@ from modelpar.report.image import timeline_image
 from modelpar.report.tensorboard.names import (
     BUBBLE,
     MEMORY,
+    PARTITION,
     PLUGIN,
     RESULT,
     STEP_SECONDS,
@@ -49,7 +52,8 @@ class RunWriter:
 
     Every call flushes, so that the file holds all finished steps even if the process dies at once. One RunWriter at a
     time may write into a directory; one that goes on with a run after `purge_step` adds a second file, and TensorBoard
-    then forgets what the first one says from that step on.
+    then forgets what the first one says from that step on. Every call raises WriteError where the file cannot be
+    written.
     """
 
     def __init__(self, directory: str | Path, plan: Plan, purge_step: int | None = None, schedule: str = "") -> None:
@@ -57,10 +61,12 @@ class RunWriter:
         self._plan, self._schedule = plan, schedule
         self._curves = rank_names(plan)
         # TensorBoard takes the first start that a run notes for its beginning, and only later ones for going on
-        self._writer = SummaryWriter(str(directory), purge_step=purge_step or 0, flush_secs=1)
-        self._writer.add_custom_scalars(_LAYOUT)
-        self._writer.add_text("partition", partition_markdown(plan), purge_step or 0)
-        self._writer.flush()
+        self._writing = partial(written, f"the event file in {directory}")
+        with self._writing():
+            self._writer = SummaryWriter(str(directory), purge_step=purge_step or 0, flush_secs=1)
+            self._writer.add_custom_scalars(_LAYOUT)
+            self._writer.add_text(PARTITION, partition_markdown(plan), purge_step or 0)
+            self._writer.flush()
 
     def __enter__(self) -> Self:
         return self
@@ -72,7 +78,8 @@ class RunWriter:
 
     def close(self) -> None:
         """Ends the event file."""
-        self._writer.close()
+        with self._writing():
+            self._writer.close()
 
     def step(self, result: StepResult, step_seconds: float, samples: int) -> None:
         """Writes one training step: `step_seconds` is its wall-clock time, `samples` how many it took."""
@@ -102,8 +109,9 @@ class RunWriter:
     def timeline(self, step: int, timeline: Timeline, predicted: Timeline | None = None) -> None:
         """Writes the timeline of one traced step as an image, under the predicted one where that is given."""
         picture = np.asarray(timeline_image(timeline, f"step {step}", predicted))
-        self._writer.add_image("pipeline/timeline", picture, step, dataformats="HWC")
-        self._writer.flush()
+        with self._writing():
+            self._writer.add_image("pipeline/timeline", picture, step, dataformats="HWC")
+            self._writer.flush()
 
     def trace(self, step: int, timeline: Timeline, peak_bytes: tuple[int, ...] = (), measured: bool = True) -> None:
         """Writes the timeline of one step for the Pipeline tab, with the plan; `measured` is False for a prediction."""
@@ -113,10 +121,10 @@ class RunWriter:
         )
         shape = TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)])
         tensor = TensorProto(dtype=DT_STRING, tensor_shape=shape, string_val=[blob])
-        self._writer.file_writer.add_summary(
-            Summary(value=[Summary.Value(tag=TRACE, metadata=metadata, tensor=tensor)]), step
-        )
-        self._writer.flush()
+        summary = Summary(value=[Summary.Value(tag=TRACE, metadata=metadata, tensor=tensor)])
+        with self._writing():
+            self._writer.file_writer.add_summary(summary, step)
+            self._writer.flush()
 
     def hparams(self, values: Mapping[str, Any], metrics: Mapping[str, float], step: int = 0) -> None:
         """Writes the run's row on the hparams page: what was chosen, and what came of it, as `result/<metric>`.
@@ -125,14 +133,16 @@ class RunWriter:
         """
         plain = {name: v if isinstance(v, bool | int | float | str) else str(v) for name, v in values.items()}
         results = {f"{RESULT}{name}": float(value) for name, value in metrics.items()}
-        for summary in hparams_summaries(plain, results):
-            self._writer.file_writer.add_summary(summary)
+        with self._writing():
+            for summary in hparams_summaries(plain, results):
+                self._writer.file_writer.add_summary(summary)
         self._scalars(results, step)
 
     def _scalars(self, values: Mapping[str, float], step: int) -> None:
-        for tag, value in values.items():
-            self._writer.add_scalar(tag, value, step)
-        self._writer.flush()
+        with self._writing():
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+            self._writer.flush()
 
 
 def partition_markdown(plan: Plan) -> str:
