@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from pathlib import Path
-from statistics import fmean, median, median_low
+from statistics import fmean, median
 
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
@@ -16,7 +16,7 @@ from rich.console import Console
 from modelpar import config as configs
 from modelpar.errors import ConfigError, PlanError, RunError, written
 from modelpar.planning.doing import Doing
-from modelpar.planning.explain import explain, whole_steps
+from modelpar.planning.explain import MOST_TIMELINES, explain, whole_steps
 from modelpar.planning.memory import stage_memory_bytes
 from modelpar.planning.partitioners import stage_seconds
 from modelpar.planning.plan import Plan
@@ -101,8 +101,7 @@ def _show(candidates: list[_Candidate], console: Console) -> None:
     if drawn := draw_comparison(_strips(candidates), console.width):
         console.print()
         console.print(drawn)
-    if verdict := _verdict(next(each for each in candidates if each.name == best.name)):
-        console.print(verdict, highlight=False)
+    console.print(_verdict(next(each for each in candidates if each.name == best.name)), highlight=False)
 
 
 def _check_same(loaded: list[DictConfig]) -> None:
@@ -233,12 +232,12 @@ def _strips(candidates: list[_Candidate]) -> list[Strip]:
 
 
 def _verdict(best: _Candidate) -> str:
-    """Returns where the best combination's time goes, and what would help it most; empty where no step is whole."""
-    timeline = best.results[_typical(best)].timeline if best.results else predict(best.plan)
+    """Returns where the best combination's time goes, and what would help it most, or why nobody can tell."""
+    timelines = [best.results[number].timeline for number in _traced(best)] or [predict(best.plan)]
     try:
-        return f"{best.name}: {headline(explain(best.plan, [timeline]))}"
-    except PlanError:
-        return ""
+        return f"{best.name}: {headline(explain(best.plan, timelines))}"
+    except PlanError as error:
+        return f"{best.name}: {error}"
 
 
 def _write_run(candidate: _Candidate, folder: Path) -> Path:
@@ -253,8 +252,8 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
             writer.step(replace(result, step=number), result.timeline.makespan, int(result.count))
         expected = predict(candidate.plan)
         if candidate.results:
-            typical = _typical(candidate)
-            writer.trace(typical, candidate.results[typical].timeline, candidate.results[typical].peak_bytes)
+            for number in _traced(candidate):
+                writer.trace(number, candidate.results[number].timeline, candidate.results[number].peak_bytes)
         else:
             writer.trace(0, expected, measured=False)
         writer.timeline(0, candidate.results[-1].timeline if candidate.results else expected, expected)
@@ -267,11 +266,11 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
     return run.path
 
 
-def _typical(candidate: _Candidate) -> int:
-    """Returns the position of the step that took as long as half of the others, of whole ones where there are any."""
+def _traced(candidate: _Candidate) -> list[int]:
+    """Returns the positions of the steps that a candidate's run keeps: the last whole ones, where there are any."""
     timelines = [result.timeline for result in candidate.results]
-    seconds = median_low(timeline.makespan for timeline in whole_steps(candidate.plan, timelines) or timelines)
-    return next(i for i, timeline in enumerate(timelines) if timeline.makespan == seconds)
+    whole = [i for i, timeline in enumerate(timelines) if whole_steps(candidate.plan, [timeline])]
+    return (whole or list(range(len(timelines))))[-MOST_TIMELINES:]
 
 
 def _name(combination: Sequence[str], lists: list[list[str]]) -> str:

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
 
-from modelpar.errors import PlanError
 from modelpar.planning.analysis import analyse
 from modelpar.planning.explain import MOST_TIMELINES, Explanation, explain
 from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
-from modelpar.planning.steadiness import StepTime
+from modelpar.planning.steadiness import StepTime, settled
 from modelpar.planning.timeline import Timeline
 from modelpar.report.text import stage_parameters
 
 SCHEMA_VERSION = 1
-_WARMUP_STEPS = 3
-"""Steps at the beginning that do not count towards measured times, where there are enough others."""
 
 
 @dataclass
@@ -37,27 +33,29 @@ class Record:
     @property
     def measured_step_seconds(self) -> float:
         """The median of the settled steps."""
-        return median(_settled(self.step_seconds))
+        return median(settled(self.step_seconds))
 
     @property
     def bubble(self) -> float:
         """The mean over the settled steps."""
-        return fmean(result.timeline.bubble for result in _settled(self.results))
+        return fmean(result.timeline.bubble for result in settled(self.results))
 
     def utilization(self) -> tuple[float, ...]:
         """Returns per stage the share of time in which its rank computed, a mean over the settled steps."""
         return tuple(stage["utilization"] for stage in self._stages())
 
-    def explain(self) -> Explanation | None:
-        """Returns where the time of the traced steps went; None where none of them is whole."""
+    def explain(self) -> Explanation:
+        """Returns where the time of the traced steps went, or of the last ones where none was traced.
+
+        Raises PlanError where none of them is whole.
+        """
+        timelines = self.traced or [result.timeline for result in self.results]
+        ranks = range(self.plan.num_ranks)
         steps = [
-            StepTime(result.step, seconds, tuple(result.timeline.busy(rank) for rank in range(self.plan.num_ranks)))
-            for result, seconds in _settled(list(zip(self.results, self.step_seconds, strict=True)))
+            StepTime(result.step, result.timeline.makespan, tuple(result.timeline.busy(rank) for rank in ranks))
+            for result in settled(self.results)
         ]
-        try:
-            return explain(self.plan, self.traced[-MOST_TIMELINES:], steps)
-        except PlanError:
-            return None
+        return explain(self.plan, timelines[-MOST_TIMELINES:], steps)
 
     def metrics(self) -> dict[str, float]:
         """Returns the numbers by which people compare runs."""
@@ -88,7 +86,7 @@ class Record:
 
     def _stages(self) -> list[dict[str, Any]]:
         plan = self.plan
-        analyses = [analyse(result.timeline) for result in _settled(self.results)]
+        analyses = [analyse(result.timeline) for result in settled(self.results)]
         peaks = self.results[-1].peak_bytes if self.results else ()
         parameters = stage_parameters(plan)
         stages = []
@@ -110,8 +108,3 @@ class Record:
                 }
             )
         return stages
-
-
-def _settled(values: Sequence[Any]) -> Sequence[Any]:
-    """Leaves out the first steps, where there are enough others."""
-    return values[_WARMUP_STEPS:] if len(values) > 2 * _WARMUP_STEPS else values

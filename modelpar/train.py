@@ -17,7 +17,8 @@ from rich.console import Console
 
 from modelpar.config import choice
 from modelpar.data.prefetch import prefetch
-from modelpar.errors import ModelparError, written
+from modelpar.errors import ModelparError, PlanError, written
+from modelpar.planning.explain import Explanation
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
 from modelpar.record import Record
@@ -188,6 +189,14 @@ def _hparams(config: DictConfig, plan: Plan) -> dict[str, Any]:
     }
 
 
+def _explained(record: Record) -> Explanation | str:
+    """Returns where the time went, or why nobody can tell."""
+    try:
+        return record.explain()
+    except PlanError as error:
+        return str(error)
+
+
 def _say_summary(console: Console, run: RunDir, task: Task, record: Record) -> None:
     if not record.results:
         return
@@ -201,6 +210,6 @@ def _say_summary(console: Console, run: RunDir, task: Task, record: Record) -> N
         heldout_loss=record.heldout[-1][1] if record.heldout else None,
         baseline=task.data.baseline,
         predicted_step_seconds=prediction.step_seconds if prediction else None,
-        explanation=record.explain(),
+        explanation=_explained(record),
     )
     console.print(training_summary(summary), soft_wrap=True)

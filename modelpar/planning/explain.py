@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -13,7 +14,7 @@ from modelpar.planning.fitted import fitted
 from modelpar.planning.flow import flow
 from modelpar.planning.plan import Plan
 from modelpar.planning.steadiness import StepTime, Straggler, drift, stragglers
-from modelpar.planning.timeline import Timeline
+from modelpar.planning.timeline import COMPUTE, Timeline
 
 MOST_TIMELINES = 5
 """How many of a run's last traced steps are enough to explain it."""
@@ -33,12 +34,15 @@ class Explanation:
     """Per stage the share of the step in which the critical path runs through it."""
     slowness: tuple[float, ...]
     """Per rank, see `Fitted.slowness`."""
+    pace: float
+    """See `Fitted.pace`."""
     advice: tuple[Advice, ...]
     """What saves at least 1 %, best first; see `Advice.weight`."""
     error: float
     """What the simulation that the gains come from misses of the step, as a share of it; with a sign."""
     uncertainty: float
-    """That, or how far the given steps lie apart (their median deviation), whichever is more."""
+    """That, or how far apart the given steps lie, or equal computations within them, whichever is most: the median
+    deviation over the median."""
     stragglers: tuple[Straggler, ...] = ()
     drift: float = 0.0
     """See `steadiness.drift`."""
@@ -66,19 +70,32 @@ def explain(plan: Plan, timelines: Sequence[Timeline], steps: Sequence[StepTime]
     middle = whole[(len(whole) - 1) // 2]
     path = flow(middle, plan.stage_graph, plan.schedule.stage_to_rank)
     found = fitted(plan, whole)
-    spread = median(abs(timeline.makespan - middle.makespan) for timeline in whole)
     return Explanation(
         plan=plan,
         makespan=middle.makespan,
         breakdown=breakdown(path),
         critical=tuple(path.critical_share(stage) for stage in range(plan.num_stages)),
         slowness=found.slowness,
+        pace=found.pace,
         advice=tuple(advice for advice in advise(found) if advice.gain >= _WORTH_SAYING),
         error=found.error,
-        uncertainty=max(abs(found.error), spread / middle.makespan if middle.makespan else 0.0),
+        uncertainty=max(abs(found.error), _deviation([each.makespan for each in whole]), _jitter(whole)),
         stragglers=stragglers(steps),
         drift=drift([step.seconds for step in steps]),
     )
+
+
+def _jitter(timelines: Sequence[Timeline]) -> float:
+    """Returns how far computations of one kind and stage usually lie apart."""
+    known: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for span in (span for timeline in timelines for span in timeline.spans if span.kind in COMPUTE):
+        known[span.stage, span.kind].append(span.seconds)
+    return median(map(_deviation, known.values())) if known else 0.0
+
+
+def _deviation(values: Sequence[float]) -> float:
+    usual = median(values)
+    return median(abs(value - usual) for value in values) / usual if usual else 0.0
 
 
 def whole_steps(plan: Plan, timelines: Sequence[Timeline]) -> list[Timeline]:

@@ -27,6 +27,8 @@ class Fitted:
     slowness: tuple[float, ...]
     """Per rank how many times longer its layers take than profiled, relative to the usual rank; 1 where that is within
     what profiles are worth. All 1 where no profile was measured: layers may then well cost something else."""
+    pace: float
+    """How many times longer than profiled layers take on the usual rank; 1 where no profile was measured."""
     seconds: float
     """Simulated step time."""
     error: float
@@ -42,14 +44,14 @@ def fitted(plan: Plan, timelines: Sequence[Timeline]) -> Fitted:
     """
     expected = predict(_with_end(plan))
     flows = [flow(each, plan.stage_graph, plan.schedule.stage_to_rank) for each in (*timelines, expected)]
-    slowness = _slowness(plan, timelines, expected)
+    pace, slowness = _pace(plan, timelines, expected)
     speeds = tuple(plan.cluster.speed(rank) / slow for rank, slow in enumerate(slowness))
     cluster = replace(observed_cluster(plan.cluster, flows[:-1], flows[-1]), speeds=speeds)
     stages = (observed_layers(plan, stage, timelines, speeds, expected) for stage in range(plan.num_stages))
     profile = replace(plan.profile, layers=tuple(layer for stage in stages for layer in stage))
     found = replace(plan, cluster=cluster, profile=profile, prediction=None)
     seconds, measured = predict(found).makespan, median(timeline.makespan for timeline in timelines)
-    return Fitted(found, slowness, seconds, seconds / measured - 1.0 if measured else 0.0)
+    return Fitted(found, slowness, pace, seconds, seconds / measured - 1.0 if measured else 0.0)
 
 
 def _with_end(plan: Plan) -> Plan:
@@ -62,13 +64,14 @@ def _with_end(plan: Plan) -> Plan:
     )
 
 
-def _slowness(plan: Plan, timelines: Sequence[Timeline], expected: Timeline) -> tuple[float, ...]:
+def _pace(plan: Plan, timelines: Sequence[Timeline], expected: Timeline) -> tuple[float, tuple[float, ...]]:
+    """Returns the pace of the usual rank, and the slowness of each: no rank that keeps up with its profile is slow."""
     took, profiled = _usual_seconds(plan, timelines), _usual_seconds(plan, [expected])
     if plan.profile.source != "measured" or not all(profiled):
-        return (1.0,) * plan.num_ranks
+        return 1.0, (1.0,) * plan.num_ranks
     ratios = [own / before for own, before in zip(took, profiled, strict=True)]
     usual = median_low(ratios)
-    return tuple(ratio / usual if usual and ratio > _SLOW * usual else 1.0 for ratio in ratios)
+    return usual, tuple(ratio / usual if ratio > _SLOW * max(usual, 1.0) else 1.0 for ratio in ratios)
 
 
 def _usual_seconds(plan: Plan, timelines: Sequence[Timeline]) -> list[float]:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
+Step = TypeVar("Step")
+
+_SETTLING = 3
+"""Steps at the beginning of a run that do not count, where there are enough others."""
 _FAR = 1.5
 """A step is a straggler where it takes that many times the median, and lies outside of what is usual, too."""
 _DEVIATIONS = 6.0
@@ -16,11 +20,17 @@ _FEWEST = 12
 """Fewer steps say nothing about drift."""
 
 
+def settled(steps: Sequence[Step]) -> Sequence[Step]:
+    """Returns what a run's steps are without the first three, where there are more than twice as many."""
+    return steps[_SETTLING:] if len(steps) > 2 * _SETTLING else steps
+
+
 class StepTime(NamedTuple):
     """How long one step of a run took."""
 
     step: int
     seconds: float
+    """Its makespan: what the controller does between two steps is not part of it."""
     busy: tuple[float, ...] = ()
     """Per rank the seconds it computed; empty where that is not known."""
 

@@ -16,6 +16,7 @@ _WIDTH = 65
 """Cells of a line beside "made of" in a terminal 80 cells wide."""
 _LITTLE = 0.03
 _LEAST = 0.01
+_FAR = 1.25
 _MOST_ADVICE, _MOST_STRAGGLERS = 4, 3
 
 
@@ -61,6 +62,11 @@ def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
     for rank, slow in enumerate(found.slowness):
         if slow > 1.0:
             said.append(f"Rank {rank} is {slow:.1f} × as slow as the usual rank, by the profile of its layers.")
+    if not 1 / _FAR < found.pace < _FAR:
+        said.append(
+            f"Layers take {found.pace:.1f} × as long as profiled: the machine was busy then or now, or it is another "
+            "one; pipeline.profile=anew measures them again."
+        )
     if found.stragglers:
         shown = [
             f"step {each.step} ({each.times:.1f} ×{f', rank {each.rank} computed longer' if each.rank >= 0 else ''})"
@@ -103,13 +109,19 @@ def explanation_text(found: Explanation) -> RenderableType:
     return Group(*lines, Text(), *map(Text, sentences(found)))
 
 
+def _gain(found: Explanation, cause: str) -> float:
+    """Returns what the best change for a cause saves."""
+    return max((advice.gain for advice in found.advice if advice.cause == cause), default=0.0)
+
+
 def _cause(found: Explanation) -> str:
     """Returns what costs most."""
     name, share = found.largest_loss
     if share < _LITTLE:
         return f"{percent(found.breakdown.useful / found.makespan if found.makespan else 0.0)} of a step is useful work"
     slow = max(found.slowness)
-    if slow > 1.0 and name in ("stage imbalance", "schedule bubble"):
+    more_than_a_split = _gain(found, "slow rank") >= _gain(found, "stage imbalance")
+    if slow > 1.0 and name in ("stage imbalance", "schedule bubble") and more_than_a_split:
         return (
             f"rank {found.slowness.index(slow)} is {slow:.1f} × as slow as the usual rank, by the profile of its layers"
         )

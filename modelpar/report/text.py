@@ -229,7 +229,8 @@ class TrainingSummary:
     baseline: tuple[str, float] | None = None
     """A name and a loss to compare with, such as ("byte-unigram entropy", 3.21)."""
     predicted_step_seconds: float | None = None
-    explanation: Explanation | None = None
+    explanation: Explanation | str | None = None
+    """Or why there is none."""
 
 
 def training_summary(summary: TrainingSummary) -> RenderableType:
@@ -255,7 +256,9 @@ def training_summary(summary: TrainingSummary) -> RenderableType:
         off = error(summary.predicted_step_seconds / summary.step_seconds - 1) if summary.step_seconds else "–"
         text += f" measured   {ms(summary.predicted_step_seconds)} predicted ({off})"
     grid.add_row("step time", text)
-    if summary.explanation is not None:
+    if isinstance(summary.explanation, str):
+        grid.add_row("verdict", summary.explanation)
+    elif summary.explanation is not None:
         grid.add_row("made of", parts_text(summary.explanation))
         grid.add_row("verdict", headline(summary.explanation))
         if (best := helping_most(summary.explanation)) and best.options:

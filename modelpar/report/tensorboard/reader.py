@@ -17,10 +17,11 @@ from tensorboard.errors import NotFoundError
 from modelpar.errors import ConfigError
 from modelpar.planning.explain import MOST_TIMELINES
 from modelpar.planning.plan import Plan
-from modelpar.planning.steadiness import StepTime
+from modelpar.planning.steadiness import StepTime, settled
 from modelpar.report.runs import Run
 from modelpar.report.tensorboard.names import (
     BUBBLE,
+    MAKESPAN,
     PARTITION,
     PLUGIN,
     RESULT,
@@ -30,8 +31,6 @@ from modelpar.report.tensorboard.names import (
     rank_names,
 )
 
-_SETTLED = 3
-"""Steps at the beginning that do not count, where there are enough others."""
 _ALL = 1_000_000
 _NO_TRACES = (
     "holds no traces: they come with the 5th step, with every training.trace_every-th and with the last one; "
@@ -85,14 +84,12 @@ class Reader:
 
     def step_times(self, run: str, plan: Plan) -> list[StepTime]:
         """Returns how long the settled steps of a run took, and how long each rank computed in them."""
-        tags = [STEP_SECONDS, *(f"{UTILIZATION}{name}" for name in rank_names(plan))]
-        curves = self._scalars(RunTagFilter(runs=[run], tags=tags)).get(run, {})
+        tags = [MAKESPAN, *(f"{UTILIZATION}{name}" for name in rank_names(plan))]
+        curves = self._scalars(RunTagFilter(runs=_stored(run), tags=tags)).get(run, {})
         shares = [dict(curves.get(tag, [])) for tag in tags[1:]]
-        points = curves.get(STEP_SECONDS, [])
-        settled = points[_SETTLED:] if len(points) > 2 * _SETTLED else points
         return [
             StepTime(step, seconds, tuple(share.get(step, 0.0) * seconds for share in shares))
-            for step, seconds in settled
+            for step, seconds in settled(curves.get(MAKESPAN, []))
         ]
 
     def trace(self, run: str, step: int) -> bytes:
@@ -182,10 +179,8 @@ def _mean(
     """Returns what a run itself came to in the end; before that, the mean over the steps that have settled."""
     if known := results.get(run, {}).get(result):
         return known[-1][1]
-    points = curves.get(run, {}).get(curve, [])
-    settled = [value for step, value in points if step >= _SETTLED]
-    chosen = settled if len(points) > 2 * _SETTLED else [value for _, value in points]
-    return mean(chosen) if chosen else None
+    values = [value for _, value in settled(curves.get(run, {}).get(curve, []))]
+    return mean(values) if values else None
 
 
 def _not_ours(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 ::
 
     train/            loss, heldout_loss, lr, grad_norm, samples_per_second, and the loss function's own metrics
-    step/             seconds, predicted_seconds
+    step/             seconds, predicted_seconds; makespan, which is seconds without what lies between two steps
     pipeline/         bubble; the timelines of traced steps, as images and as data for the Pipeline tab
     stage_utilization/, stage_wait/, stage_memory_mb/      one curve per stage, "stage 0", "stage 1", …
     partition         the partition as a table            result/      the numbers of the hparams page
@@ -33,6 +33,7 @@ from modelpar.planning.timeline import Timeline
 from modelpar.report.image import timeline_image
 from modelpar.report.tensorboard.names import (
     BUBBLE,
+    MAKESPAN,
     MEMORY,
     PARTITION,
     PLUGIN,
@@ -90,6 +91,7 @@ class RunWriter:
             "train/grad_norm": result.grad_norm,
             "train/samples_per_second": samples / step_seconds if step_seconds else 0.0,
             STEP_SECONDS: step_seconds,
+            MAKESPAN: analysis.makespan,
             BUBBLE: analysis.bubble,
         }
         values |= {f"train/{name}": value for name, value in result.metrics.items()}
