@@ -46,6 +46,10 @@ TWO = Cluster(("cuda:0", "cuda:1"))
             "Stage 0 takes 25 % longer than the ideal stage: hand-offs are 20 % of its time.",
         ),
         (
+            planned([1, 1, 4], replace(TWO, link=Link(100.0)), crossing=1.0),
+            "Stage 1 takes 6700 % longer than the ideal stage: hand-offs are 98 % of its time.",
+        ),
+        (
             planned([1] * 8, replace(TWO, memory=(20, 100)), kept=10),
             "Stage 1 takes 50 % longer than the ideal stage: with more memory per device it would be 0 %.",
         ),

@@ -228,3 +228,32 @@ def test_bad_input_costs_one_line_and_no_folder(folder, words, message):
     [line] = outcome.err.splitlines()
     assert re.fullmatch(f"modelpar: {message}", line), line
     assert listing(folder) == {"text.txt"}
+
+
+def test_a_comparison_on_few_samples_ends_as_any_other(folder):
+    """No step has all micro-batches, so that there is no verdict; all else was thrown away with it."""
+    outcome = call("compare", *MLP, *QUICK, *ROUNDS, "training.batch_size=1", "schedule=gpipe,1f1b")
+    assert (outcome.code, outcome.err) == (0, "")
+    assert len(rows_of(folder)) == 2
+    assert {path.name for path in (folder / "runs" / "all").iterdir()} >= FILES
+
+
+def test_whole_steps_stand_for_a_combination_that_has_shorter_ones(folder):
+    """Every other batch has one sample: of 6 one is held out."""
+    words = ["data.num_samples=6", "comparison.rounds=3", "comparison.steps=3", "schedule=1f1b"]
+    outcome = call("compare", *[word for word in MLP if "samples" not in word], *QUICK, *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    told = call("explain", "runs/all")
+    assert (told.code, told.err) == (0, "")
+
+
+def test_what_was_measured_before_a_combination_failed_is_shown(folder):
+    outcome = call("compare", *MLP, *QUICK, *ROUNDS, "optimizer.lr=0.01,1e30")
+    assert outcome.code == 1
+    assert outcome.err.startswith("modelpar: lr=1e+30: step ")
+    assert len(outcome.err.splitlines()) == 1
+    assert [(row["name"], row["measured_step_seconds"] is not None) for row in rows_of(folder)] == [
+        ("lr=0.01", True),
+        ("lr=1e+30", False),
+    ]
+    assert "lr=0.01: " in outcome.out

@@ -166,6 +166,7 @@ def odd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     with RunWriter(tmp_path / "newer", small_plan()) as writer:
         writer.trace(0, step(0).timeline)
     monkeypatch.undo()
+    RunWriter(tmp_path / "begun", small_plan()).close()
     with RunWriter(tmp_path / "good", small_plan(), schedule="gpipe") as writer:
         writer.step(step(0), 1.0, 8)
         writer.trace(0, step(0).timeline)
@@ -179,6 +180,7 @@ def test_odd_runs_are_a_line_each(odd: Path) -> None:
     assert {row["run"]: row["problem"] and row["problem"].split(":")[0].split(",")[0] for row in found["runs"]} == {
         "good": None,
         "newer": "the trace has format 99",
+        "begun": "has done no step",
         "old": "holds no traces",
     }
     assert found["runs"][0]["run"] == "good"

@@ -11,6 +11,10 @@ from typing import Any
 
 import pytest
 from commands import MLP, THREADS, call
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_BLOB_SEQUENCE, Summary, SummaryMetadata
+from tensorboard.compat.proto.tensor_pb2 import TensorProto
+from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.types_pb2 import DT_STRING
 from test_tensorboard import small_plan, step
 from torch.utils.tensorboard import SummaryWriter
 from trace_format import check
@@ -18,6 +22,7 @@ from trace_format import check
 from modelpar.report import html as page
 from modelpar.report.assets import view_script
 from modelpar.report.runs import Run
+from modelpar.report.tensorboard.names import PLUGIN, TRACE
 from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.trace import Trace, encode
 
@@ -156,6 +161,7 @@ def test_the_last_traced_step_as_a_chrome_trace(folder: Path, name: str) -> None
         ("runs --output nowhere/page.html", "the output is 'nowhere/page.html'; expected a name that ends in"),
         ("nowhere", "nowhere does not exist; expected a run or a folder of runs"),
         ("foreign", "foreign holds no traces: 1 run is not of modelpar: foreign"),
+        ("begun", "begun has done no step: it has just begun, or ended in its first one"),
         ("old", "old holds no traces: they come with the 5th step"),
         ("runs --output folder.html", "folder.html cannot be written: Is a directory"),
     ],
@@ -164,6 +170,7 @@ def test_bad_input_is_one_line(folder: Path, words: str, message: str) -> None:
     (folder / "folder.html").mkdir(exist_ok=True)
     with SummaryWriter("foreign") as other:
         other.add_scalar("loss", 1.0, 0)
+    RunWriter("begun", small_plan()).close()
     with RunWriter("old", small_plan()) as writer:
         writer.step(step(0), 1.0, 8)
     outcome = call("report", *words.split())
@@ -193,3 +200,15 @@ def test_the_help_has_two_examples() -> None:
     assert outcome.code == 0
     assert outcome.out.count("  modelpar report ") == 2
     assert call("report").code == 2
+
+
+def test_a_run_whose_traces_are_gone_is_one_line(folder: Path) -> None:
+    """A trace without a blob, as where the provider has forgotten it."""
+    tensor = TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=0)]))
+    kind = SummaryMetadata.PluginData(plugin_name=PLUGIN)
+    metadata = SummaryMetadata(plugin_data=kind, data_class=DATA_CLASS_BLOB_SEQUENCE)
+    with SummaryWriter("gone") as writer:
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag=TRACE, metadata=metadata, tensor=tensor)]), 0)
+    outcome = call("report", "gone")
+    assert (outcome.code, outcome.out) == (2, "")
+    assert outcome.err == "modelpar: gone holds no traces: its traces are gone, it was written anew meanwhile\n"

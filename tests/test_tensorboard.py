@@ -32,7 +32,7 @@ from modelpar.planning.profile import LayerCost, Profile
 from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import Schedule
 from modelpar.planning.timeline import Span, Timeline
-from modelpar.report.tensorboard.view import logdir_arguments, view
+from modelpar.report.tensorboard.view import logdir_arguments, run_folders, view
 from modelpar.report.tensorboard.writer import RunWriter
 
 ROOT = Path(__file__).parent.parent
@@ -288,6 +288,15 @@ def test_view_names_each_of_several_paths(tmp_path: Path) -> None:
     inside = [str(tmp_path / "a"), both[0]]
     assert logdir_arguments(inside) == [f"--logdir_spec=a:{inside[0]},x:{both[0]}"]
     assert logdir_arguments([str(tmp_path)]) == [f"--logdir={tmp_path}"]
+
+
+def test_paths_whose_names_would_be_the_same_get_numbers(tmp_path: Path) -> None:
+    """Of two runs with one name TensorBoard shows the later."""
+    folders = [str(tmp_path / name) for name in ("x_1", "x:1", "x,1")]
+    for folder in folders:
+        with RunWriter(folder, small_plan()):
+            pass
+    assert run_folders(folders) == [("x_1", folders[0]), ("x_1-1", folders[1]), ("x_1-2", folders[2])]
 
 
 def test_view_refuses_paths_without_runs(tmp_path: Path) -> None:

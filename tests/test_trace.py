@@ -96,7 +96,27 @@ def broken_traces() -> dict[str, bytes]:
     lacking = {key: value for key, value in data.items() if key != "ranks"}
     short = {**data, "ranks": [{**data["ranks"][0], "kind": []}, data["ranks"][1]]}
     stage = {**data["ranks"][0], "stage": [7] * len(data["ranks"][0]["stage"])}
+
+    def first(column: str, value: object) -> bytes:
+        """The trace with another first entry of a column of rank 0."""
+        columns = data["ranks"][0]
+        changed = {**columns, column: [value, *columns[column][1:]]}
+        return packed({**data, "ranks": [changed, data["ranks"][1]]})
+
     return {
+        "far too deep": gzip.compress(b"[" * 100_000 + b"]" * 100_000),
+        "a time beyond all floats": first("gap", 10**400),
+        "a span that ends before it begins": first("length", -(10**9)),
+        "a start before the step's": first("gap", -(10**9)),
+        "a computation of no stage": first("stage", -1),
+        "a stage below none": first("stage", -5),
+        "a computation of no micro-batch": first("microbatch", -1),
+        "a kind that is no text": first("kind", None),
+        "peaks that are no numbers": packed({**data, "peak_bytes": [None, None]}),
+        "more peaks than ranks": packed({**data, "peak_bytes": [1, 2, 3]}),
+        "a step that is no number": packed({**data, "step": "x"}),
+        "a clock error that is no number": packed({**data, "clock_error": float("nan")}),
+        "a newer plan": packed({**data, "plan": {**data["plan"], "schema_version": 99}}),
         "no bytes": b"",
         "cut off": whole[: len(whole) // 2],
         "no gzip": b"hello",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-GONE = "its traces are gone: it was written anew meanwhile"
+GONE = "its traces are gone, it was written anew meanwhile"
 """What is said of a run that had traces and has none."""
 
 
