@@ -11,6 +11,7 @@ from rich.console import Console
 from modelpar.errors import ConfigError, ModelparError
 from modelpar.planning.balance import imbalance
 from modelpar.planning.plan import Plan
+from modelpar.planning.steadiness import StepTime
 from modelpar.report.chrome import write_trace
 from modelpar.report.html import html_report
 from modelpar.report.runs import GONE, Run
@@ -37,7 +38,8 @@ def report(paths: Sequence[str], output: str) -> Path:
             f"the output is {output!r}; expected a name that ends in {', '.join(_KINDS)}, in a folder that exists"
         )
     provider, folders = provider_of(run_folders(paths))
-    runs, notes = Reader(provider).runs()
+    reader = Reader(provider)
+    runs, notes = reader.runs()
     with_traces = [run for run in runs if run.blobs]
     if not with_traces:
         problem = next((run.problem for run in runs if run.problem), None)
@@ -46,12 +48,21 @@ def report(paths: Sequence[str], output: str) -> Path:
     try:
         if path.name.endswith(".html"):
             texts = {run.name: _texts(run, RunDir(Path(folders[run.name]))) for run in with_traces}
-            path.write_text(html_report(runs, notes, texts), encoding="utf-8")
+            steps = {run.name: _steps(run, reader) for run in with_traces}
+            path.write_text(html_report(runs, notes, texts, steps), encoding="utf-8")
         else:
             _write_chrome(with_traces, path)
     except OSError as error:
         raise ConfigError(f"{output} cannot be written: {error.strerror}") from error
     return path
+
+
+def _steps(run: Run, reader: Reader) -> list[StepTime]:
+    """Returns the settled steps of a run; none where its traces cannot be read, as then its row says."""
+    try:
+        return reader.step_times(run.name, decode(run.blobs[-1]).plan)
+    except ModelparError:
+        return []
 
 
 def _texts(run: Run, folder: RunDir) -> list[tuple[str, str]]:

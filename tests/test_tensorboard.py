@@ -101,6 +101,7 @@ def test_a_step_becomes_one_point_on_every_curve(tmp_path: Path) -> None:
         "train/samples_per_second": [4.0, 8.0],
         "step/seconds": [2.0, 1.0],
         "step/predicted_seconds": [0.25, 0.25],
+        "step/makespan": [1.0, 1.0],
         "pipeline/bubble": [0.375, 0.375],
         "stage_utilization/stage 0": [0.75, 0.75],
         "stage_utilization/stage 1": [0.5, 0.5],

@@ -50,6 +50,16 @@ def parts_text(found: Explanation) -> str:
     return "\n".join(wrap(joined, _WIDTH)).replace("\xa0", " ")
 
 
+def changes(found: Explanation) -> tuple[str, ...]:
+    """Returns the changes that help most with how to make them, a sentence each."""
+    return tuple(
+        f"{text[0].upper()}{text[1:]}{f' ({more})' if more else ''}."
+        for advice in found.advice[:_MOST_ADVICE]
+        for text in [advice_text(advice, found.uncertainty)]
+        for more in ["; ".join(filter(None, [advice.options, advice.caveat]))]
+    )
+
+
 def sentences(found: Explanation) -> tuple[str, ...]:
     """Returns what else is worth saying: slow ranks, steps that took long, how sure all this is."""
     off = f"{percent(abs(found.error))} too {'long' if found.error > 0 else 'short'}"
@@ -91,21 +101,21 @@ def explanation_text(found: Explanation) -> RenderableType:
     for name, seconds in found.breakdown.parts:
         share = seconds / found.makespan if found.makespan else 0.0
         parts.add_row(name, percent(share), ms(seconds), "█" * round(30 * share))
-    changes = Table.grid(padding=(0, 2))
-    changes.add_column(justify="right", no_wrap=True)
-    changes.add_column()
+    table = Table.grid(padding=(0, 2))
+    table.add_column(justify="right", no_wrap=True)
+    table.add_column()
     for advice in found.advice[:_MOST_ADVICE]:
         more = [advice.options, advice.caveat, "at most" if advice.at_most else ""]
         text = Text(advice.change)
         text.append("".join(f"\n{line}" for line in more if line), style="dim")
-        changes.add_row(f"−{percent(advice.gain)}", text)
+        table.add_row(f"−{percent(advice.gain)}", text)
     lines: list[RenderableType] = [
         Text(headline(found), style="bold"),
         Text(f"\na step of {ms(found.makespan)} is made of", style="dim"),
         parts,
     ]
     if found.advice:
-        lines += [Text("\nwhat would shorten it", style="dim"), changes]
+        lines += [Text("\nwhat would shorten it", style="dim"), table]
     return Group(*lines, Text(), *map(Text, sentences(found)))
 
 

@@ -8,8 +8,10 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from string import Template
+from types import MappingProxyType
 
 from modelpar.errors import ModelparError
+from modelpar.planning.steadiness import StepTime
 from modelpar.report.assets import view_script, view_style
 from modelpar.report.runs import Run
 from modelpar.report.trace import Trace, decode
@@ -68,16 +70,25 @@ startPipelineView(document.getElementById("view"), {
 """)
 
 
-def html_report(runs: Sequence[Run], notes: Sequence[str], texts: Mapping[str, Sequence[tuple[str, str]]]) -> str:
+def html_report(
+    runs: Sequence[Run],
+    notes: Sequence[str],
+    texts: Mapping[str, Sequence[tuple[str, str]]],
+    steps: Mapping[str, Sequence[StepTime]] = MappingProxyType({}),
+) -> str:
     """Returns the page: strategies, the timelines of each run's last traces, and what `texts` says of each run.
 
-    `texts` holds per run (title, plain text). The page may not load anything: its policy forbids it.
+    `texts` holds per run (title, plain text), `steps` its settled steps, as far as they are known. The page may not
+    load anything: its policy forbids it.
     """
     traces = {run.name: _traces(run) for run in runs}
     shown = [replace(run, steps=tuple(trace.step for trace in traces[run.name])) for run in runs]
     data = {
         "runs": runs_json(shown, notes),
-        "traces": {name: {trace.step: trace_json(name, trace) for trace in each} for name, each in traces.items()},
+        "traces": {
+            name: {trace.step: trace_json(name, trace, steps.get(name, ())) for trace in each}
+            for name, each in traces.items()
+        },
         "chrome": {name: {trace.step: chrome_json(trace) for trace in each} for name, each in traces.items()},
     }
     return _PAGE.substitute(

@@ -40,6 +40,7 @@ from modelpar.planning.flow import Flow, flow
 from modelpar.planning.memory import memory_curves
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
+from modelpar.planning.steadiness import StepTime
 from modelpar.planning.timeline import COMPUTE, Span, Timeline
 from modelpar.report import explanation
 from modelpar.report.chrome import chrome_trace
@@ -51,13 +52,13 @@ from modelpar.report.trace import Trace
 Json = dict[str, Any]
 
 
-def trace_json(run: str, trace: Trace) -> Json:
-    """Returns TRACE."""
+def trace_json(run: str, trace: Trace, steps: Sequence[StepTime] = ()) -> Json:
+    """Returns TRACE; `steps` are the settled ones of the run, for what can be said of them together."""
     plan, timeline = trace.plan, trace.timeline
     predicted = predict(plan)
     flowed = flow_of(trace, timeline)
     shown = predicted if trace.measured else Timeline(plan.num_ranks, ())
-    headline, said = said_of(explained([trace]))
+    headline, said = said_of(explained([trace], steps))
     names, places = rank_names(plan), _places(timeline)
     memory = [_curve(curve) for curve in memory_curves(plan, timeline)]
     predicted_memory = [_curve(curve) for curve in memory_curves(plan, shown)] if shown.spans else [[]] * plan.num_ranks
@@ -114,19 +115,19 @@ def flow_of(trace: Trace, timeline: Timeline) -> Flow:
     return flow(timeline, trace.plan.stage_graph, trace.plan.schedule.stage_to_rank)
 
 
-def explained(traces: Sequence[Trace]) -> Explanation | None:
+def explained(traces: Sequence[Trace], steps: Sequence[StepTime] = ()) -> Explanation | None:
     """Explains traces of one run; None where none is of a whole step, as that of a batch with few samples."""
     try:
-        return explain(traces[-1].plan, [trace.timeline for trace in traces])
+        return explain(traces[-1].plan, [trace.timeline for trace in traces], steps)
     except PlanError:
         return None
 
 
 def said_of(found: Explanation | None) -> tuple[str, tuple[str, ...]]:
-    """Returns an explanation's headline and sentences."""
+    """Returns an explanation's headline, and what else there is to say: the changes, then its sentences."""
     if found is None:
         return "a step with fewer micro-batches than planned", ()
-    return explanation.headline(found), explanation.sentences(found)
+    return explanation.headline(found), (*explanation.changes(found), *explanation.sentences(found))
 
 
 def waiting(spans: Sequence[Span], makespan: float) -> tuple[float, float, float]:

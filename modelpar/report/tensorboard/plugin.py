@@ -46,7 +46,7 @@ class PipelinePlugin(base_plugin.TBPlugin):
     def __init__(self, context: base_plugin.TBContext) -> None:
         self._provider = context.data_provider
         self._facts = lru_cache(maxsize=1000)(trace_facts)
-        self._trace_json = lru_cache(maxsize=50)(lambda run, blob: trace_json(run, decode(blob)))
+        self._trace_json = lru_cache(maxsize=50)(lambda run, blob, steps: trace_json(run, decode(blob), steps))
 
     def get_plugin_apps(self) -> dict[str, _App]:
         """Returns what answers at which path."""
@@ -90,7 +90,8 @@ class PipelinePlugin(base_plugin.TBPlugin):
 
     def _trace(self, request: Request) -> Response:
         run, blob = self._blob(request)
-        return http_util.Respond(request, self._trace_json(run, blob), "application/json")
+        steps = tuple(self._reader(request).step_times(run, decode(blob).plan))
+        return http_util.Respond(request, self._trace_json(run, blob, steps), "application/json")
 
     def _chrome(self, request: Request) -> Response:
         run, blob = self._blob(request)
