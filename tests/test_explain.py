@@ -14,6 +14,7 @@ from modelpar.machine import Setting
 from modelpar.planning.cluster import Link
 from modelpar.planning.explain import explain
 from modelpar.planning.schedule import ValueKey
+from modelpar.planning.simulate import predict
 from modelpar.report.explanation import headline, sentences
 from modelpar.run.transport import ThreadTransport
 
@@ -161,3 +162,26 @@ def test_a_step_with_fewer_microbatches_explains_nothing(threads):
     p = planned(model, threads)
     with pytest.raises(PlanError, match="none of 4 timelines holds every action of the plan"):
         explain(p, timelines(model, p, threads, size=3))
+
+
+def test_a_timeline_of_another_plan_is_refused():
+    objective, batch = Objective(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), total), next(batches(1, 4))
+    two, three = (
+        plan(objective, batch, num_ranks=ranks, num_microbatches=2, profile="flops", transport="threads")
+        for ranks in (2, 3)
+    )
+    with pytest.raises(PlanError, match="a timeline has 3 ranks and stages up to 2; expected one of this plan, with 2"):
+        explain(two, [predict(two), predict(three)])
+
+
+def test_a_schedule_function_that_refuses_other_counts_costs_only_that_advice():
+    def four(num_ranks, num_microbatches):
+        if num_microbatches != 4:
+            raise KeyError(num_microbatches)
+        return schedules.gpipe(num_ranks, 4)
+
+    objective, batch = Objective(nn.Sequential(*(nn.Linear(4, 4) for _ in range(3))), total), next(batches(1, 16))
+    p = plan(objective, batch, num_ranks=2, num_microbatches=4, schedule=four, profile="flops", transport="threads")
+    found = explain(p, [predict(p)])
+    assert found.advice
+    assert not [advice for advice in found.advice if "into" in advice.change]

@@ -244,3 +244,27 @@ def test_two_chunks_per_rank():
     assert (plan.num_ranks, plan.num_stages, plan.num_microbatches) == (2, 4, 1)
     assert [(stage["stage"], stage["rank"]) for stage in plan.to_json()["stages"]] == [(0, 0), (1, 1), (2, 0), (3, 1)]
     assert through_text(plan) == plan
+
+
+def even_only(num_ranks: int, num_microbatches: int) -> Schedule:
+    """Refuses odd numbers in a way of its own."""
+    if num_microbatches % 2:
+        raise KeyError(num_microbatches)
+    return forwards_first(num_ranks, num_microbatches)
+
+
+def always_four(num_ranks: int, num_microbatches: int) -> Schedule:
+    """Does not care how many there are."""
+    return forwards_first(num_ranks, 4)
+
+
+@pytest.mark.parametrize(
+    ("generator", "message"),
+    [
+        (even_only, "no schedule for 3 micro-batches: KeyError: 3"),
+        (always_four, r"the schedule function gave 4 micro-batches and stages on the ranks \(0, 1\); expected 3 and"),
+    ],
+)
+def test_a_schedule_function_that_does_not_do_is_refused(generator: Callable[..., Schedule], message: str) -> None:
+    with pytest.raises(PlanError, match=message):
+        make(generator, schedule=forwards_first(2, 4)).schedule_for(3)

@@ -146,12 +146,12 @@ def _split(plan: Plan, change: str, partition: Partition) -> _Candidate:
 
 def _other_counts(plan: Plan) -> Iterator[_Candidate]:
     """Yields the plan with twice and with half as many micro-batches, of the same batch where it can be cut so."""
-    make, size, number = plan.generator, plan.profile.microbatch_size, plan.num_microbatches
-    if make is None:
+    size, number = plan.profile.microbatch_size, plan.num_microbatches
+    if plan.generator is None:
         return
 
     def cut(count: int, profile: Profile) -> Callable[[], Plan]:
-        return lambda: replace(plan, profile=profile, schedule=make(plan.num_ranks, count))
+        return lambda: replace(plan, profile=profile, schedule=plan.schedule_for(count))
 
     twice, options = 2 * number, f"pipeline.num_microbatches={2 * number}"
     if size % 2 == 0:

@@ -60,6 +60,13 @@ def explain(plan: Plan, timelines: Sequence[Timeline], steps: Sequence[StepTime]
     `steps` are all settled steps of the run, for what can be said of them together. Raises PlanError where there is no
     timeline, or the timelines are of another plan or of fewer micro-batches.
     """
+    for timeline in timelines:
+        last = max((span.stage for span in timeline.spans), default=-1)
+        if timeline.num_ranks != plan.num_ranks or last >= plan.num_stages:
+            raise PlanError(
+                f"a timeline has {timeline.num_ranks} ranks and stages up to {last}; expected one of this plan, "
+                f"with {plan.num_ranks} ranks and {plan.num_stages} stages"
+            )
     whole = whole_steps(plan, timelines)
     if not whole:
         raise PlanError(

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from modelpar.errors import PlanError, PlanMismatch
+from modelpar.errors import ModelparError, PlanError, PlanMismatch, describe
 from modelpar.planning.cluster import Cluster
 from modelpar.planning.edges import Edge, edges
 from modelpar.planning.graph import ModelGraph, Parameter, StageGraph
@@ -97,7 +97,7 @@ class Plan:
         return edges(self.stage_graph, self.schedule.stage_to_rank, self.cluster, self.profile.microbatch_size)
 
     def schedule_for(self, num_microbatches: int) -> Schedule:
-        """Returns the schedule for a batch with that many micro-batches."""
+        """Returns the schedule for a batch with that many micro-batches; raises PlanError where there is none."""
         if num_microbatches == self.num_microbatches:
             return self.schedule
         if self.generator is None:
@@ -105,7 +105,18 @@ class Plan:
                 f"the batch has {num_microbatches} micro-batches, and this plan holds only an explicit order for "
                 f"{self.num_microbatches}; give a schedule function, or batches of at least that many samples"
             )
-        return self.generator(self.num_ranks, num_microbatches)
+        try:
+            order = self.generator(self.num_ranks, num_microbatches)
+        except ModelparError:
+            raise
+        except Exception as error:  # it may be the user's own
+            raise PlanError(f"no schedule for {num_microbatches} micro-batches: {describe(error)}") from error
+        if (order.num_microbatches, order.stage_to_rank) != (num_microbatches, self.schedule.stage_to_rank):
+            raise PlanError(
+                f"the schedule function gave {order.num_microbatches} micro-batches and stages on the ranks "
+                f"{order.stage_to_rank}; expected {num_microbatches} and {self.schedule.stage_to_rank}"
+            )
+        return order
 
     def forward_schedule(self, num_microbatches: int) -> Schedule:
         """Returns the forward-only schedule for evaluation and prediction, with the stages placed as in training."""
