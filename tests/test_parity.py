@@ -296,7 +296,8 @@ def test_a_batch_dimension_that_is_not_the_first(workers):
     assert (result.loss, result.count) == (float(total / 6), 6)
     assert_same(state, model.state_dict())
     model.eval()
-    assert torch.equal(predicted, torch.cat([model(x) for x in inputs.split(2, 1)], 1))
+    with torch.no_grad():  # an LSTM's last bits may differ where autograd watches
+        assert torch.equal(predicted, torch.cat([model(x) for x in inputs.split(2, 1)], 1))
 
 
 def test_a_seed_gives_the_same_training_again_and_another_seed_another_one(workers):

@@ -19,9 +19,10 @@ import warnings
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Any, TextIO, cast
+from typing import TYPE_CHECKING, Any, TextIO, cast
 
-from modelpar.run.transport import Key
+if TYPE_CHECKING:  # it imports torch, which a command that starts no ranks does without
+    from modelpar.run.transport import Key
 
 _MOST = 10
 """How many texts pass within `_SECONDS`."""
