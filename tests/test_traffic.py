@@ -16,6 +16,7 @@ from modelpar.planning.graph import BATCH
 from modelpar.planning.schedule import Action, Op, gives
 from modelpar.run import workers as workers_module
 from modelpar.run.channel import Channel, pair
+from modelpar.run.clocks import read_clock
 from modelpar.run.launch.threads import ThreadLaunch
 from modelpar.run.pipeline import Pipeline
 from modelpar.run.pool import Pool
@@ -41,6 +42,9 @@ class ByChannel:
 
     def flush(self):
         self.channel.flush()
+
+    def read_clock(self, rank):
+        return read_clock()
 
 
 class ChannelThreads(ThreadLaunch):
