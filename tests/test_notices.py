@@ -99,7 +99,8 @@ def test_a_warning_is_a_line(caplog, tmp_path):
     assert len(caplog.messages) == 1
 
 
-def test_a_folder_for_logs_that_cannot_be_made_is_refused(tmp_path):
+def test_a_folder_for_logs_that_cannot_be_made_is_refused(tmp_path, shared_workers):
+    shared_workers["rpc"].close()  # one group at a time
     (tmp_path / "file").write_text("")
     with (
         pytest.raises(ConfigError, match=r"logs is '.*/file/logs'; the folder cannot be made: Not a directory"),
