@@ -185,7 +185,8 @@ def test_errors_are_said_whatever_verbose_is(capsys):
 # --- the line of what goes on ---------------------------------------------------------------------------------------
 
 
-def test_the_line_says_how_much_is_left():
+def test_the_line_says_how_much_is_left(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")  # nothing moves in a dumb terminal
     clock = iter(range(1000))
     console = Console(file=io.StringIO(), force_terminal=True, width=80, get_time=lambda: float(next(clock)))
     with Activity(console) as doing:
