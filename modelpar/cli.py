@@ -176,14 +176,20 @@ def _verify(words: list[str]) -> None:
         sys.exit(1)
 
 
-def _view(words: list[str]) -> None:
+def _parser_of_runs(command: str, description: str) -> argparse.ArgumentParser:
+    """Returns the parser of a command that takes runs and options of its own, not overrides."""
     parser = argparse.ArgumentParser(
-        prog="modelpar view",
-        description="Shows runs in TensorBoard, on this machine only, until Ctrl-C.",
-        epilog=_examples("view"),
+        prog=f"modelpar {command}",
+        description=description,
+        epilog=_examples(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
+    return parser
+
+
+def _view(words: list[str]) -> None:
+    parser = _parser_of_runs("view", "Shows runs in TensorBoard, on this machine only, until Ctrl-C.")
     parser.add_argument("--port", type=int, default=6006, help="0 picks a free one (default: %(default)s)")
     options = parser.parse_args(words)
     from modelpar.report.tensorboard.view import view
@@ -192,13 +198,9 @@ def _view(words: list[str]) -> None:
 
 
 def _explain(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="modelpar explain",
-        description="Says where the time of a run's steps went, why, and which one change would help most.",
-        epilog=_examples("explain"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = _parser_of_runs(
+        "explain", "Says where the time of a run's steps went, why, and which one change would help most."
     )
-    parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
     options = parser.parse_args(words)
     from modelpar.explain_command import explain_runs
 
@@ -206,14 +208,11 @@ def _explain(words: list[str]) -> None:
 
 
 def _report(words: list[str]) -> None:
-    parser = argparse.ArgumentParser(
-        prog="modelpar report",
-        description="Writes runs as one HTML file that needs no network: strategies, timelines, plans. An output that\n"
+    parser = _parser_of_runs(
+        "report",
+        "Writes runs as one HTML file that needs no network: strategies, timelines, plans. An output that\n"
         "ends in .json or .json.gz is the last traced step of one run, for Perfetto or chrome://tracing.",
-        epilog=_examples("report"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("paths", nargs="+", metavar="RUN", help="the folder of a run, or a folder of runs")
     parser.add_argument("--output", default="report.html", metavar="FILE", help="(default: %(default)s)")
     options = parser.parse_args(words)
     from modelpar.report_command import report

@@ -269,8 +269,8 @@ def _write_run(candidate: _Candidate, folder: Path) -> Path:
 def _traced(candidate: _Candidate) -> list[int]:
     """Returns the positions of the steps that a candidate's run keeps: the last whole ones, where there are any."""
     timelines = [result.timeline for result in candidate.results]
-    whole = [i for i, timeline in enumerate(timelines) if whole_steps(candidate.plan, [timeline])]
-    return (whole or list(range(len(timelines))))[-MOST_TIMELINES:]
+    whole = set(map(id, whole_steps(candidate.plan, timelines) or timelines))
+    return [i for i, timeline in enumerate(timelines) if id(timeline) in whole][-MOST_TIMELINES:]
 
 
 def _name(combination: Sequence[str], lists: list[list[str]]) -> str:

@@ -26,13 +26,12 @@ def explain_runs(paths: Sequence[str], console: Console) -> None:
     runs, notes = reader.runs()
     problems: list[str] = []
     for run in runs:
-        name = run.name.removesuffix("/.")  # TensorBoard calls a run so whose own folder was given
         try:
             found = _explain(run, reader)
         except ModelparError as error:
-            problems.append(f"{name}: {error}")
+            problems.append(f"{run.name}: {error}")
             continue
-        console.print(Text(name, style="dim"), soft_wrap=True)
+        console.print(Text(run.name, style="dim"), soft_wrap=True)
         console.print(explanation_text(found))
         console.print()
     if len(problems) == len(runs):

@@ -128,10 +128,8 @@ class _Replay:
             if arrow.wait >= 0:
                 arrived, user = spans[arrow.wait].end, after[arrow.wait]
             else:  # it was there in time, nobody knows since when
-                arrived, user = (
-                    min(source.end + usual.get(pair(source, target), 0.0), ready[arrow.target]),
-                    arrow.target,
-                )
+                user = arrow.target
+                arrived = min(source.end + usual.get(pair(source, target), 0.0), ready[user])
             sent = min(max(arrived, source.start), source.end)
             share = (sent - source.start) / source.seconds if source.seconds else 1.0
             self._arrivals[user].append(_Arrival(arrow.source, share, arrived - sent))

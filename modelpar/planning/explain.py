@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -14,7 +13,7 @@ from modelpar.planning.fitted import fitted
 from modelpar.planning.flow import flow
 from modelpar.planning.plan import Plan
 from modelpar.planning.steadiness import StepTime, Straggler, drift, stragglers
-from modelpar.planning.timeline import COMPUTE, Timeline
+from modelpar.planning.timeline import Timeline, computations
 
 MOST_TIMELINES = 5
 """How many of a run's last traced steps are enough to explain it."""
@@ -94,9 +93,7 @@ def explain(plan: Plan, timelines: Sequence[Timeline], steps: Sequence[StepTime]
 
 def _jitter(timelines: Sequence[Timeline]) -> float:
     """Returns how far computations of one kind and stage usually lie apart."""
-    known: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
-    for span in (span for timeline in timelines for span in timeline.spans if span.kind in COMPUTE):
-        known[span.stage, span.kind].append(span.seconds)
+    known = computations(timelines)
     return median(map(_deviation, known.values())) if known else 0.0
 
 

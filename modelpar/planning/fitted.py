@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median, median_low
@@ -11,7 +10,7 @@ from modelpar.planning.flow import flow
 from modelpar.planning.observed import observed_cluster, observed_layers
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
-from modelpar.planning.timeline import COMPUTE, Timeline
+from modelpar.planning.timeline import Timeline, computations
 
 _SLOW = 1.3
 """How many times longer than the others a rank must take for its layers before the rank, not the profile, is blamed."""
@@ -76,10 +75,7 @@ def _pace(plan: Plan, timelines: Sequence[Timeline], expected: Timeline) -> tupl
 
 def _usual_seconds(plan: Plan, timelines: Sequence[Timeline]) -> list[float]:
     """Returns per rank what one micro-batch usually takes in all its stages; one slow computation does not count."""
-    known: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
-    for span in (span for timeline in timelines for span in timeline.spans if span.kind in COMPUTE):
-        known[span.stage, span.kind].append(span.seconds)
     found = [0.0] * plan.num_ranks
-    for (stage, _), seconds in known.items():
+    for (stage, _), seconds in computations(timelines).items():
         found[plan.schedule.stage_to_rank[stage]] += median(seconds)
     return found

@@ -14,7 +14,7 @@ from modelpar.planning.cluster import Cluster, Link
 from modelpar.planning.flow import Flow, ways
 from modelpar.planning.plan import Plan
 from modelpar.planning.profile import LayerCost
-from modelpar.planning.timeline import Timeline
+from modelpar.planning.timeline import Timeline, computations
 
 
 def observed_cluster(cluster: Cluster, flows: Sequence[Flow], expected: Flow) -> Cluster:
@@ -61,8 +61,10 @@ def observed_layers(
     of_rank = [other for other, home in enumerate(plan.schedule.stage_to_rank) if home == rank]
     speed = speeds[rank]
 
+    known = computations(timelines)
+
     def took(kind: str) -> float | None:
-        found = [s.seconds for each in timelines for s in each.spans if s.kind == kind and s.stage == stage]
+        found = known.get((stage, kind))
         return max(0.0, median(found) - link.action_seconds) * speed if found else None
 
     def at_end(kind: str, besides: float) -> float:

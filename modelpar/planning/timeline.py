@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -80,3 +81,11 @@ class Timeline:
     def from_json(cls, data: dict[str, Any]) -> Timeline:
         """Reads what `to_json` wrote, also before it wrote `clock_error`."""
         return cls(data["num_ranks"], tuple(Span(*span) for span in data["spans"]), data.get("clock_error", 0.0))
+
+
+def computations(timelines: Iterable[Timeline]) -> dict[tuple[int, str], list[float]]:
+    """Returns, by stage and kind, how many seconds each computation of the timelines took."""
+    found: defaultdict[tuple[int, str], list[float]] = defaultdict(list)
+    for span in (span for timeline in timelines for span in timeline.spans if span.kind in COMPUTE):
+        found[span.stage, span.kind].append(span.seconds)
+    return dict(found)

@@ -71,7 +71,7 @@ def steadiness_sentences(found: Explanation) -> tuple[str, ...]:
     said = []
     for rank, slow in enumerate(found.slowness):
         if slow > 1.0:
-            said.append(f"Rank {rank} is {slow:.1f} × as slow as the usual rank, by the profile of its layers.")
+            said.append(f"{_slow_rank(rank, slow).capitalize()}.")
     if not 1 / _FAR < found.pace < _FAR:
         said.append(
             f"Layers take {found.pace:.1f} × as long as profiled: the machine was busy then or now, or it is another "
@@ -119,6 +119,10 @@ def explanation_text(found: Explanation) -> RenderableType:
     return Group(*lines, Text(), *map(Text, sentences(found)))
 
 
+def _slow_rank(rank: int, slow: float) -> str:
+    return f"rank {rank} is {slow:.1f} × as slow as the usual rank, by the profile of its layers"
+
+
 def _gain(found: Explanation, cause: str) -> float:
     """Returns what the best change for a cause saves."""
     return max((advice.gain for advice in found.advice if advice.cause == cause), default=0.0)
@@ -132,9 +136,7 @@ def _cause(found: Explanation) -> str:
     slow = max(found.slowness)
     more_than_a_split = _gain(found, "slow rank") >= _gain(found, "stage imbalance")
     if slow > 1.0 and name in ("stage imbalance", "schedule bubble") and more_than_a_split:
-        return (
-            f"rank {found.slowness.index(slow)} is {slow:.1f} × as slow as the usual rank, by the profile of its layers"
-        )
+        return _slow_rank(found.slowness.index(slow), slow)
     plan, critical = found.plan, found.critical
     if name == "stage imbalance":
         stage = critical.index(max(critical))
