@@ -125,17 +125,19 @@ def swept(subject: Subject, setting: Setting, workers: Workers, seconds: float =
         num_ranks=setting.num_ranks,
         clips=subject.max_norm is not None,
         measured_at=datetime.now().astimezone().isoformat(timespec="seconds"),
-        slack_share=_slack_share([layers[i] for position in chosen for i in runs[position]], results),
+        slack_share=_slack_share([layers[i] for position in chosen for i in runs[position]], results, setting),
     )
 
 
-def _slack_share(layers: Sequence[LayerCost], results: Sequence[SweepResult]) -> float:
+def _slack_share(layers: Sequence[LayerCost], results: Sequence[SweepResult], setting: Setting) -> float:
     """Returns what ranks took beyond the tensors that these layers hold, as a share of their activations; 0 where that
-    cannot be measured."""
+    cannot be measured. It is negative where a GPU's kernels keep less than those of the CPU, where tensors are counted:
+    fused attention does."""
+    least = -0.99 if setting.devices[0].startswith("cuda") else 0.0
     peaks = [result.peak_bytes for result in results if result.peak_bytes is not None]
     held = sum(2 * layer.parameter_bytes + (layer.optimizer_bytes or 0) for layer in layers)
     activations = activation_bytes(layers, IN_FLIGHT)
-    return max(0.0, (min(peaks, default=0) - held) / activations - 1) if activations else 0.0
+    return max(least, (min(peaks) - held) / activations - 1) if activations and peaks else 0.0
 
 
 def swept_alone(subject: Subject, setting: Setting, doing: Doing = silent) -> Profile:

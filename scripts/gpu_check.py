@@ -28,10 +28,13 @@ NEEDED = ("torch", "numpy", "cloudpickle")
 TOTAL_SECONDS = 450.0
 """How long all parts together may take; eight minutes with what comes before and after."""
 PARTS = {
-    "parity threads": 90.0,
-    "parity rpc": 110.0,
-    "parity cuda_ipc": 90.0,
-    "steps": 170.0,
+    "parity threads": 60.0,
+    "parity rpc": 75.0,
+    "parity cuda_ipc": 75.0,
+    "steps unsplit": 60.0,
+    "steps threads": 75.0,
+    "steps rpc": 90.0,
+    "steps cuda_ipc": 90.0,
     "torch gloo": 45.0,
     "torch nccl": 45.0,
 }
@@ -110,7 +113,7 @@ def _do(name: str, device: str, file: Path) -> int:
     kind, _, way = name.partition(" ")
     parts: dict[str, Callable[..., None]] = {
         "parity": partial(parity.run, way),
-        "steps": steps.run,
+        "steps": partial(steps.run, way),
         "torch": partial(torch_pipelines.run, way),
     }
     try:

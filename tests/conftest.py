@@ -43,6 +43,7 @@ class Shared:
 
     def close(self):
         self._exits.close()
+        self._workers = None
 
 
 @pytest.fixture(scope="session")

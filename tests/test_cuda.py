@@ -296,7 +296,8 @@ def test_on_cuda_spans_are_those_of_the_device(shared_workers):
 
 
 @needs_cuda
-def test_on_cuda_the_files_that_count_receivers_are_gone_with_the_workers():
+def test_on_cuda_the_files_that_count_receivers_are_gone_with_the_workers(shared_workers):
+    shared_workers["rpc"].close()  # there is one group per process
     before = set(os.listdir("/dev/shm"))
     model, example, loss = seeded(partial(MLP, width=512))
     objective = Objective(model, loss)

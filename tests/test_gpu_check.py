@@ -64,21 +64,22 @@ def test_a_part_that_hangs_or_crashes_keeps_what_it_found(tmp_path, monkeypatch)
     says = "import sys, time, os; open(sys.argv[-1], 'a').write('{\"check\": \"step\"}\\n'); "
     for then, why in (("time.sleep(60)", "was stopped after 5 s"), ("os.abort()", "ended with exit code -6")):
         script.write_text(says + then)
-        found = gpu_check._run("steps", "cpu", file, 5.0)
-        assert found[0] == {"part": "steps", "check": "step"}
+        found = gpu_check._run("steps rpc", "cpu", file, 5.0)
+        assert found[0] == {"part": "steps rpc", "check": "step"}
         assert found[1]["why"].startswith(why)
-    assert gpu_check._run("steps", "cpu", file, 1.0)[0]["why"] == "no time was left"
+    assert gpu_check._run("steps rpc", "cpu", file, 1.0)[0]["why"] == "no time was left"
 
 
 def test_parity_holds_only_where_every_case_was_equal():
-    equal, other = {**EQUAL, "found": "equal"}, {"part": "steps", "check": "failed", "what": "steps", "why": "a bug"}
+    equal = {**EQUAL, "found": "equal"}
+    other = {"part": "steps rpc", "check": "failed", "what": "steps rpc", "why": "a bug"}
     assert page.is_equal([equal, other])
     assert not page.is_equal([equal, {**EQUAL, "found": "differs: losses by 1e-7"}])
     assert not page.is_equal([equal, {**other, "part": "parity threads"}])
 
 
 def test_the_page_has_every_figure_and_every_failure():
-    step = {"part": "steps", "check": "step", "model": "gpt", "schedule": "1f1b"}
+    step = {"part": "steps rpc", "check": "step", "model": "gpt", "schedule": "1f1b"}
     memory = {"peaks": [80_000_000, 50_000_000], "predicted_bytes": [40_000_000, 50_000_000], "balance": "4-4"}
     found = [
         {**EQUAL, "found": "differs: losses by 1e-7"},
@@ -88,7 +89,7 @@ def test_the_page_has_every_figure_and_every_failure():
     ]
     text = page.write(found, "cpu", ["--device", "cpu"], 60.0)
     assert "| rpc | 2 | gpipe | differs |" in text
-    assert "| gpt | 1f1b | 250.0 (20%) | 500.0 | 200.0 |" in text
+    assert "| gpt | 1f1b | 250.0 (200.0, 20%) | 500.0 |" in text
     assert "| gpt | 1f1b | modelpar rpc | 4-4 | 40, 50 | 80, 50 | -50 %, +0 % |" in text
     assert "* torch gloo: was stopped after 45 s" in text
     assert "* rpc, gpt, 2 ranks, gpipe: differs: losses by 1e-7" in text

@@ -47,7 +47,8 @@ def use(device: torch.device) -> None:
 def warm_up(device: torch.device) -> None:
     """Multiplies matrices, forward and backward: libraries keep memory from their first use on, for no stage."""
     parameter = torch.nn.Parameter(torch.zeros(8, 8, device=device))
-    (parameter @ parameter).sum().backward()
+    # squares, whose gradient comes first: torch warns of a thread of autograd that begins with a product of matrices
+    (parameter @ parameter).square().sum().backward()
 
 
 def staged(tree: Any) -> Any:

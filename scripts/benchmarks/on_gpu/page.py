@@ -83,12 +83,13 @@ def _steps(findings: Sequence[Finding]) -> str:
     rows = []
     for model, schedule in dict.fromkeys((each["model"], each["schedule"]) for each in split):
         row = [seconds.get((model, schedule, who)) for who in contenders]
-        predicted = next((each["predicted_seconds"] for each in row if each and "predicted_seconds" in each), None)
-        cells = [_milliseconds(each and each["seconds"]) + _bubble(each) for each in row]
+        cells = [_milliseconds(each and each["seconds"]) + _expected(each) for each in row]
         rows.append([model, schedule, *cells, *(_milliseconds(whole.get((model, who))) for who in alone)])
-        rows[-1].append(_milliseconds(predicted))
-    text = "Medians; 2 ranks, 8 micro-batches. In brackets the bubble, from the devices' events.\n\n"
-    return text + table(["model", "schedule", *contenders, *alone, "predicted"], rows)
+    text = (
+        "Medians; 2 ranks, 8 micro-batches. In brackets what was predicted, and the bubble, from the devices' events."
+        "\n\n"
+    )
+    return text + table(["model", "schedule", *contenders, *alone], rows)
 
 
 def _memory(findings: Sequence[Finding]) -> str:
@@ -116,8 +117,10 @@ def _milliseconds(seconds: float | None) -> str:
     return "–" if seconds is None else f"{seconds * 1e3:.1f}"
 
 
-def _bubble(each: Finding | None) -> str:
-    return f" ({each['bubble']:.0%})" if each and "bubble" in each else ""
+def _expected(each: Finding | None) -> str:
+    if not each or "bubble" not in each:
+        return ""
+    return f" ({_milliseconds(each['predicted_seconds'])}, {each['bubble']:.0%})"
 
 
 def _megabytes(values: Sequence[int]) -> str:

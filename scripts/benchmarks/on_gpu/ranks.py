@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack, suppress
+from time import perf_counter
 from typing import Any
 
 import torch
@@ -32,6 +33,27 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize(device)
 
 
+_BEGUN = perf_counter()
+
+
+def tell(what: str) -> None:
+    """Prints what begins, and how long this process has run."""
+    print(f"gpu_check:   + {perf_counter() - _BEGUN:5.1f} s  {what}", file=sys.stderr, flush=True)
+
+
+class Told:
+    """Prints what goes on while a plan is made, each thing once."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, what: str, done: float = 0, total: float | None = None) -> None:
+        """Is told what goes on."""
+        if what != self._last:
+            tell(f"  {what}")
+            self._last = what
+
+
 def one_line(error: BaseException) -> str:
     """Returns what an exception says, in a line, and prints all of it."""
     print(f"{type(error).__name__}: {error}", file=sys.stderr, flush=True)
@@ -43,7 +65,7 @@ class Ranks:
     """Workers that are started when first asked for, and again after `drop`."""
 
     def __init__(self, way: str, num_ranks: int):
-        self._way, self._num_ranks = way, num_ranks
+        self._num_ranks, self.how = num_ranks, WAYS[way]
         self._exits, self._workers = ExitStack(), None
 
     def __enter__(self) -> Ranks:
@@ -55,7 +77,7 @@ class Ranks:
     def get(self) -> Workers:
         """Returns running workers."""
         if self._workers is None:
-            self._workers = self._exits.enter_context(Workers(self._num_ranks, **WAYS[self._way]))
+            self._workers = self._exits.enter_context(Workers(self._num_ranks, **self.how))
         return self._workers
 
     def drop(self) -> None:

@@ -9,7 +9,7 @@ from time import perf_counter
 
 import torch
 
-from benchmarks.on_gpu.ranks import WAYS, Ranks, one_line, places, synchronize
+from benchmarks.on_gpu.ranks import Ranks, one_line, places, synchronize, tell
 from benchmarks.on_gpu.work import NUM_MICROBATCHES, NUM_RANKS, models, plans
 from benchmarks.tasks import Built
 from modelpar.capture.objective import Objective
@@ -23,10 +23,17 @@ _WARM = 3
 _MOST = 30
 
 
-def run(device: str, say: Callable[..., None]) -> None:
-    """Measures all models; says each number as it comes."""
-    torch.set_num_threads(1)
-    decided = {model: plans(task, device, "measured", say) for model, task in models(device).items()}
+def run(who: str, device: str, say: Callable[..., None]) -> None:
+    """Measures all models, "unsplit" or on one way of values; says each number as it comes."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    if who == "unsplit":
+        _run_unsplit(device, say)
+    else:
+        _run_split(who, device, say)
+
+
+def _run_unsplit(device: str, say: Callable[..., None]) -> None:
     for model, task in models(device).items():
         for pieces in (1, NUM_MICROBATCHES):
             who = "unsplit" if pieces == 1 else f"unsplit, {pieces} pieces"
@@ -35,16 +42,21 @@ def run(device: str, say: Callable[..., None]) -> None:
                 say(check="step", who=who, model=model, schedule="–", seconds=seconds, peaks=[peak])
             except Exception as error:
                 say(check="failed", what=f"{who} {model}", why=one_line(error))
-    for way in WAYS:
-        with Ranks(way, NUM_RANKS) as ranks:
-            for model, task in models(device).items():
-                for schedule, plan in decided[model].items():
-                    case = {"who": f"modelpar {way}", "model": model, "schedule": schedule}
-                    try:
-                        split(task(), plan, ranks, lambda case=case, **more: say(check="step", **case, **more))
-                    except Exception as error:
-                        say(check="failed", what=" ".join(case.values()), why=one_line(error))
-                        ranks.drop()
+
+
+def _run_split(way: str, device: str, say: Callable[..., None]) -> None:
+    """Plans and trains on one set of ranks, so that a prediction is made of what these ranks measured."""
+    with Ranks(way, NUM_RANKS) as ranks:
+        for model, task in models(device).items():
+            tell(f"{model}: planning")
+            for schedule, plan in plans(task, device, "measured", say, ranks).items():
+                case = {"who": f"modelpar {way}", "model": model, "schedule": schedule}
+                tell(f"{model}: {schedule}")
+                try:
+                    split(task(), plan, ranks, lambda case=case, **more: say(check="step", **case, **more))
+                except Exception as error:
+                    say(check="failed", what=" ".join(case.values()), why=one_line(error))
+                    ranks.drop()
 
 
 def split(built: Built, plan: Plan, ranks: Ranks, say: Callable[..., None]) -> None:

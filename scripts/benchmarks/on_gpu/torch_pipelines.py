@@ -26,6 +26,8 @@ def run(backend: str, device: str, say: Callable[..., None]) -> None:
         why = "nccl needs GPUs"
     elif backend == "nccl" and torch.cuda.device_count() < NUM_RANKS:
         why = f"nccl needs a GPU per rank; there are {torch.cuda.device_count()} for {NUM_RANKS}"
+    elif backend == "gloo" and device != "cpu":
+        why = "gloo sends from host memory only; handed CUDA tensors it aborts"
     if why:
         say(check="failed", what=f"torch over {backend}", why=why)
         return

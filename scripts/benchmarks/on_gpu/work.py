@@ -8,7 +8,7 @@ from functools import partial
 import torch
 
 from benchmarks import tasks
-from benchmarks.on_gpu.ranks import places
+from benchmarks.on_gpu.ranks import Ranks, Told, places
 from benchmarks.tasks import Built, Task
 from modelpar.capture.objective import Objective
 from modelpar.models import gpt as gpt_model
@@ -57,18 +57,24 @@ def models(device: str) -> dict[str, Task]:
     return SMALL if device == "cpu" else LARGE
 
 
-def plans(task: Task, device: str, profile: str, say: Callable[..., None]) -> dict[str, Plan]:
-    """Returns a plan per schedule, always with the same stages; where measuring fails it counts, and says so."""
+def plans(
+    task: Task, device: str, profile: str, say: Callable[..., None], ranks: Ranks | None = None
+) -> dict[str, Plan]:
+    """Returns a plan per schedule, always with the same stages; where measuring on the ranks fails it counts, and says
+    so."""
     try:
-        return _plans(task, device, profile)
+        return _plans(task, device, profile, ranks)
     except Exception as error:
         say(check="failed", what="measuring the layers", why=f"{type(error).__name__}: {error}"[:300])
-        return _plans(task, device, "flops")
+        if ranks is not None:
+            ranks.drop()
+        return _plans(task, device, "flops", None)
 
 
-def _plans(task: Task, device: str, profile: str | Profile) -> dict[str, Plan]:
+def _plans(task: Task, device: str, profile: str | Profile, ranks: Ranks | None) -> dict[str, Plan]:
     built = task()
     found: dict[str, Plan] = {}
+    more = {"workers": ranks.get, **ranks.how} if ranks is not None else {}
     for name, schedule in tasks.SCHEDULES.items():
         found[name] = plan(
             Objective(built.model, built.loss),
@@ -80,6 +86,9 @@ def _plans(task: Task, device: str, profile: str | Profile) -> dict[str, Plan]:
             num_threads=1,
             devices=places(device, NUM_RANKS),
             profile=profile,
+            optimizer=built.optimizer,
+            doing=Told(),
+            **more,
         )
         profile = found[name].profile
     return found
