@@ -512,14 +512,16 @@ def test_plain_values_that_a_module_returns_must_stay_the_same():
 
 
 def test_a_forward_that_depends_on_what_cannot_be_seen_is_refused():
+    calls = []
+
     class Sometimes(nn.Module):
         def __init__(self):
             super().__init__()
-            self.linear, self.calls = nn.Linear(8, 8), []
+            self.linear = nn.Linear(8, 8)
 
         def forward(self, x):
-            self.calls.append(1)
-            return self.linear(x) * len(self.calls)
+            calls.append(1)
+            return self.linear(x) * len(calls)
 
     with pytest.raises(CaptureError, match="replaying what the model did gives another output than the model"):
         captured(Sometimes())

@@ -107,8 +107,7 @@ def record(
                         f"{where} {trap.what}{line}, which cannot be replayed; expected that in a module of its own, "
                         "which is then called whole"
                     ) from None
-                kind = type(model.get_submodule(trap.module))
-                closed = {n for n, m in model.named_modules() if type(m) is kind and n} | {trap.module}
+                closed = set(_like(model, trap.module))
                 leaves = outermost(leaves | closed)
         if objective.loss is not None and mode != "predict":
             before = generator_states()
@@ -120,6 +119,13 @@ def record(
         restore()
         _check_same(_replay(recording, model, microbatch), plain)
     return recording
+
+
+def _like(model: nn.Module, name: str) -> list[str]:
+    """Returns a module and the others of its class; of torch's own containers only those beside it."""
+    kind, place = type(model.get_submodule(name)), name.rpartition(".")[0]
+    found = [n for n, m in model.named_modules() if type(m) is kind and n]
+    return [n for n in found if n.rpartition(".")[0] == place] if kind.__module__.startswith("torch.nn.") else found
 
 
 def _record(

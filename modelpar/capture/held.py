@@ -54,17 +54,17 @@ class HeldObjects:
             return None
         leaves, spec = trees.flatten((args, kwargs))
         fresh = [
-            copy.deepcopy(self.snapshots[t.number]) if type(t) is Held else _clone(leaf)
+            copy.deepcopy(self.snapshots[t.number]) if type(t) is Held else clone(leaf)
             for leaf, t in zip(leaves, template.leaves, strict=True)
         ]
-        return Trial(call, template, trees.unflatten(fresh, spec), generator_states(), settings)
+        return Trial(call, trees.unflatten(fresh, spec), settings, generator_states(), template)
 
     def taken(self, number: int, template: Template, trial: Trial | None, output: Any) -> None:
         """Notes which objects a node took, and what it returned."""
         for held in template.held:
             self._holders.setdefault(held.number, []).append(number)
         if trial:
-            trial.output = [_clone(leaf) for leaf in trees.tensors_of(output)]
+            trial.returned(output)
             self._trials[number] = trial
 
     def bound(self) -> Iterator[tuple[int, int, str]]:
@@ -81,14 +81,18 @@ class HeldObjects:
 
 @dataclass
 class Trial:
-    """A call to be made with fresh copies of the objects it took."""
+    """A call to be made again, to see whether it finds what others left somewhere."""
 
     call: Callable[..., Any]
-    template: Template
     arguments: tuple[Any, Any]
-    states: list[Tensor]
     settings: Settings | None
+    states: list[Tensor]
+    template: Template
     output: list[Tensor] = field(default_factory=list)
+
+    def returned(self, output: Any) -> None:
+        """Notes what the call returned the first time."""
+        self.output = [clone(leaf) for leaf in trees.tensors_of(output)]
 
     def is_same(self) -> bool:
         """Tells whether it returns the same."""
@@ -116,7 +120,8 @@ def tensors_in(thing: Any) -> Iterator[Tensor]:
                     todo.append(inner)
 
 
-def _clone(leaf: Any) -> Any:
+def clone(leaf: Any) -> Any:
+    """Returns a copy of a tensor, and anything else as it is."""
     return leaf.detach().clone() if isinstance(leaf, Tensor) else leaf
 
 

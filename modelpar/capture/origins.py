@@ -37,6 +37,8 @@ class Origins:
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.states = {id(tensor): State(name) for name, tensor in reversed(named)}
         self._state_memory = {memory: self.states[id(t)] for _, t in reversed(named) if (memory := memory_of(t))}
+        first: dict[int, str] = {}
+        self._first_names = {name: first.setdefault(id(tensor), name) for name, tensor in named}
         self._parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
         self.refs: dict[int, Ref] = {}
         """The latest Ref of each tensor: who writes to it, or hands it on as it is, gives it a new one."""
@@ -52,6 +54,14 @@ class Origins:
         self._before = {id(o): o for o in gc.get_objects() if issubclass(type(o), Tensor)}
         """Tensors that were there before the forward: those that it uses, and that are no state, are constants."""
         self.inner: dict[int, Inner] = {}
+
+    def first_name(self, name: str) -> str:
+        """Returns the name that the model first has for a parameter or buffer."""
+        return self._first_names[name]
+
+    def is_known(self, tensor: Tensor) -> bool:
+        """Tells whether a tensor is a value of this forward, or a parameter or buffer of the model."""
+        return id(tensor) in self.refs or id(tensor) in self.states
 
     def note(self, tensor: Tensor, ref: Ref) -> None:
         """Remembers where a tensor comes from."""

@@ -22,8 +22,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from modelpar.capture import trees
+from modelpar.capture.placed import Place, in_place
 from modelpar.planning.graph import BATCH
 
 
@@ -127,6 +129,12 @@ class Node:
     """Where it was called: "file:line"."""
     nth: int = 1
     """Of a module: which of its calls, from 1."""
+    placed: tuple[Place, ...] = ()
+    """Of a module: where its first arguments are to be for the call, in the place of tensors of its own."""
+    checkpoint: bool = False
+    """Of a module: whether it is called in an activation checkpoint of the code around it."""
+    recomputes: bool = False
+    """Of a module: whether it has checkpoints of its own, so that parts of it run again in backward."""
     writes: tuple[Ref | State, ...] = ()
     """What it changed in place: arguments, and other views of their memory."""
     aliases: int = 0
@@ -167,13 +175,17 @@ class Node:
     def call(self, model: nn.Module, args: Any, kwargs: Any) -> tuple[Any, list[Any]]:
         """Does what it does; returns the output and all its leaves."""
         target = model.get_submodule(self.target) if isinstance(self.target, str) else self.target
-        if not self.inner:
-            output = target(*args, **kwargs)
-            return output, [output] if isinstance(output, Tensor) else trees.leaves_of(output)
-        with _returned_by(model, {name for name, _, _ in self.inner}) as found:
-            output = target(*args, **kwargs)
+        values, args = args[: len(self.placed)], args[len(self.placed) :]
+        with ExitStack() as around:
+            if isinstance(target, nn.Module) and values:
+                around.enter_context(in_place(target, self.placed, values))
+            found = around.enter_context(_returned_by(model, {name for name, _, _ in self.inner}))
+            if self.checkpoint and torch.is_grad_enabled():
+                output = checkpoint(target, *args, use_reentrant=False, **kwargs)
+            else:
+                output = target(*args, **kwargs)
         inner = [trees.leaves_of(found[name][call])[index] for name, call, index in self.inner]
-        return output, [*trees.leaves_of(output), *inner]
+        return output, [*([output] if isinstance(output, Tensor) else trees.leaves_of(output)), *inner]
 
     def needs_grad_at(self, index: int | None) -> bool:
         """Tells whether a value of this node, by its Ref's index, needs a gradient."""

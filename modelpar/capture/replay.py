@@ -137,7 +137,7 @@ class Replay:
             dropped=tuple(self._slot(ref) for ref in step.dropped),
             node=node,
             exact=step.exact,
-            special=node.settings is not None or "" in node.draws or bool(node.inner),
+            special=bool(node.settings or "" in node.draws or node.inner or node.placed or node.checkpoint),
         )
 
 

@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
+from torch.utils.checkpoint import CheckpointFunction
 
-from modelpar.capture import trees
+from modelpar.capture import attributes, trees
 from modelpar.capture.held import HeldObjects, tensors_in
 from modelpar.capture.origins import BUFFER, STATE, Origins, version_of
+from modelpar.capture.placed import Place, Places, in_place
 from modelpar.capture.recording import (
     PLACEHOLDER,
     Apply,
@@ -37,13 +39,11 @@ from modelpar.capture.traps import (
     DESCRIBES,
     SCALARS,
     Trap,
-    attributes_of,
-    changed_attribute,
     code_line,
     is_plain,
     takes_shape_from_values,
 )
-from modelpar.capture.watch import Functions, custom_calls, generator_states, has_drawn, module_calls
+from modelpar.capture.watch import Functions, custom_calls, generator_states, has_drawn, may_draw, module_calls
 from modelpar.planning.graph import BATCH
 
 _PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator, range)
@@ -55,11 +55,15 @@ class Tape:
     def __init__(self, model: nn.Module, leaves: frozenset[str]):
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._model, self.leaves = model, leaves
-        self._origins, self._held = Origins(model), HeldObjects()
+        self._places = Places(model)
+        self._followed = [m for n, m in model.named_modules() if not any(f"{n}.".startswith(f"{a}.") for a in leaves)]
+        self._origins, self._held, self._attributes = Origins(model), HeldObjects(), attributes.Calls()
         self.nodes: list[Node] = []
         self.guards: list[Guard] = []
         self.together: list[tuple[int, int, str]] = []
         self._path: list[str] = [""]
+        self._hooks = [_saved_tensors_hook()]
+        """For each module of the path, the hook for saved tensors that was set when it was called."""
         self._inside = 0
         """How many calls deep in something that is one node."""
         self._functions = Functions(self._function)
@@ -69,6 +73,8 @@ class Tape:
         """The modules inside a leaf that are running, and the generators as their own code last left them."""
         self._calls: Counter[str] = Counter()
         """How often each module was called inside the leaf that is running."""
+        self._recomputes = False
+        """Whether the leaf that is running has checkpoints of its own."""
         self._leaf_calls: Counter[Any] = Counter()
         """How often each leaf was called."""
         self._last_draw: int | None = None
@@ -98,14 +104,15 @@ class Tape:
         its output, `targets` are what the loss takes as well. Raises Trap."""
         for i, tensor in enumerate(batch.values()):
             self._origins.note(tensor, Ref(BATCH, i))
-        attributes = attributes_of(self._model, self.leaves)
-        with module_calls(self._call), custom_calls(self._custom), self._functions:
+        before = attributes.fingerprint(self._followed)
+        with module_calls(self._call, self._model), custom_calls(self._custom), self._functions:
             output = forward()
         if self.trapped:  # the model's code caught it
             raise self.trapped
-        if changed := changed_attribute(attributes, attributes_of(self._model, self.leaves)):
-            raise Trap(changed[0], "", f"sets its attribute {changed[1]!r} in forward")
-        self.together += self._held.bound()
+        if changed := attributes.changed(before, attributes.fingerprint(self._followed)):
+            name = min((self._modules[number], name) for number, name in changed)
+            raise Trap(name[0], "", f"sets its attribute {name[1]!r} in forward")
+        self.together += [*self._held.bound(), *self._attributes.bound()]
         output = finish(output)
         taken = self._template(self._without_objects(output), "")
         recording = Recording(
@@ -124,9 +131,26 @@ class Tape:
 
     def _with_calls_that_count(self) -> Iterator[Node]:
         """Yields the nodes, with the calls of such modules only as drew random numbers, here or elsewhere."""
-        drew = {name for node in self.nodes for name in node.draws}
-        for node in self.nodes:
+        nodes = [self._with_draws_by_chance(node) for node in self.nodes]
+        drew = {name for node in nodes for name in node.draws}
+        for node in nodes:
             yield dataclasses.replace(node, calls=tuple((name, n) for name, n in node.calls if name in drew))
+
+    def _with_draws_by_chance(self, node: Node) -> Node:
+        """Adds to what drew in a leaf the modules that may draw another time: chance left them out, as LayerDrop does.
+
+        What a module that draws calls depends on chance, so all inside it count that could draw if they were called.
+        """
+        if not node.draws or not node.is_module:
+            return node
+        called, kinds = {name for name, _ in node.calls}, {type(self._model.get_submodule(n)) for n in node.draws}
+        more = [
+            name
+            for drawing in node.draws
+            for part, module in self._model.get_submodule(drawing).named_modules()
+            if (name := f"{drawing}.{part}") not in called and part and may_draw(module, kinds)
+        ]
+        return dataclasses.replace(node, draws=tuple(dict.fromkeys([*node.draws, *more])))
 
     # what runs
 
@@ -140,18 +164,32 @@ class Tape:
                 raise self._trap(f"calls a {type(module).__name__} with parameters that is no part of the model")
             return call(*args, **kwargs)
         if name not in self.leaves:
+            if self._in_checkpoint():
+                raise self._trap("is called in a checkpoint of the code around it", inside=name)
             self._path.append(name)
+            self._hooks.append(_saved_tensors_hook())
             try:
                 return call(*args, **kwargs)
             finally:
                 self._path.pop()
+                self._hooks.pop()
+        placed = self._places.others(module, self._origins.is_known)
         with self._functions.away():
             self._calls.clear()
-            return self._one(name, partial(self._call_inside, name, call), args, kwargs)
+            whole = partial(self._call_leaf, name, call, tuple(placed))
+            return self._one(name, whole, (*placed.values(), *args), kwargs, tuple(placed))
+
+    def _call_leaf(
+        self, name: str, call: Callable[..., Any], placed: tuple[Place, ...], /, *args: Any, **kwargs: Any
+    ) -> Any:
+        values, args = args[: len(placed)], args[len(placed) :]
+        with in_place(self._model.get_submodule(name), placed, values):
+            return self._call_inside(name, call, *args, **kwargs)
 
     def _call_inside(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns."""
         self._note_draws()
+        self._recomputes |= self._calling != [] and _saved_tensors_hook() is not self._hooks[-1]
         self._calling.append((name, generator_states()))
         try:
             output = call(*args, **kwargs)
@@ -171,6 +209,7 @@ class Tape:
     def _custom(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Applies a custom autograd function as one node."""
         if self._inside:
+            self._recomputes |= function is CheckpointFunction
             return call(*args, **kwargs)
         if any(isinstance(leaf, nn.Module) or callable(leaf) for leaf in trees.leaves_of((args, kwargs))):
             raise self._trap(f"hands code to {function.__name__}, as reentrant checkpoints do")
@@ -186,7 +225,7 @@ class Tape:
             raise self._trap(f"sets {getattr(function.__self__, '__name__', name)!r} of a tensor")  # type: ignore[attr-defined]
         if short == "__get__":
             return self._property(function, args, kwargs)
-        if name in DESCRIBES:
+        if name in DESCRIBES and not (name == "type" and len(args) + len(kwargs) > 1):
             return function(*args, **kwargs)
         if takes_shape_from_values(name, args, kwargs):
             raise self._trap(f"calls {name}, which returns as many values as the data say")
@@ -203,26 +242,48 @@ class Tape:
             raise self._trap(f"reads {name!r} of a tensor")
         return self._one(Attribute(name), lambda *a: found, args, kwargs)
 
-    def _one(self, target: str | Callable[..., Any], call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def _one(
+        self,
+        target: str | Callable[..., Any],
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        placed: tuple[Place, ...] = (),
+    ) -> Any:
         """Calls something as one node."""
         self._inside += 1
+        self._recomputes = False
         try:
-            return self._one_node(target, call, args, kwargs, code_line())
+            return self._one_node(target, call, args, kwargs, placed, code_line())
         finally:
             self._inside -= 1
 
     def _one_node(
-        self, target: str | Callable[..., Any], call: Callable[..., Any], args: Any, kwargs: Any, line: str
+        self,
+        target: str | Callable[..., Any],
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
+        placed: tuple[Place, ...],
+        line: str,
     ) -> Any:
         if torch.is_inference_mode_enabled():
             raise self._trap("computes in inference mode")
+        hooked = torch.is_grad_enabled() and _saved_tensors_hook() is not self._hooks[0]
+        if hooked and not (isinstance(target, str) and self._in_checkpoint()):
+            what = "sets hooks for saved tensors, as checkpoints do, around more than a call of a module"
+            raise self._trap(what, inside=self._who_hooks())
         template = self._template((args, kwargs), line)
         tensors = trees.tensors_of((args, kwargs))
         module = self._model.get_submodule(target) if isinstance(target, str) else None
         versions = [version_of(t) for t in tensors]
-        buffers = [(b, b._version) for b in module.buffers()] if module else []
+        buffers = [(n, b, b._version) for n, b in module.named_buffers()] if module else []
         settings, states, drawn = self._settings(), generator_states(), len(self._draws)
         trial = self._held.trial(call, template, settings, args, kwargs)
+        before, again = attributes.Fingerprint(), None
+        if module is not None:
+            before = self._attributes.begin(module)
+            again = self._attributes.trial(module, call, template, settings, (args, kwargs))
         try:
             output = call(*args, **kwargs)
         except Exception:
@@ -243,7 +304,9 @@ class Tape:
         written = list({id(t): t for t in written}.values())
         changed = [*written, *self._origins.sharing(written)]
         states_changed = self._written_states(written, target, number)
-        states_changed |= dict.fromkeys(self._origins.states[id(b)].name for b, v in buffers if b._version != v)
+        now = dict(module.named_buffers()) if module else {}
+        changes = [f"{target}.{n}" for n, b, v in buffers if now.get(n) is not b or b._version != v]
+        states_changed |= dict.fromkeys(self._origins.first_name(name) for name in changes)
         flags |= STATE if states_changed else 0
         if module is not None:
             self._leaf_calls[target] += 1
@@ -254,6 +317,9 @@ class Tape:
                 inside=self._path[-1],
                 line=line,
                 nth=self._leaf_calls[target] if module else 1,
+                placed=placed,
+                checkpoint=hooked,
+                recomputes=self._recomputes,
                 writes=tuple(self._leaf_of(t, line) for t in changed),
                 touches=tuple(ref for t in changed for ref in self._origins.places(t)),
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),
@@ -269,6 +335,8 @@ class Tape:
         )
         self._note(number, changed, output, flags)
         self._held.taken(number, template, trial, output)
+        if module is not None:
+            self._attributes.end(number, module, before, again, output)
         return output
 
     def _note(self, number: int, changed: list[Tensor], output: Any, flags: int) -> None:
@@ -400,6 +468,16 @@ class Tape:
 
     # what it cannot follow
 
+    def _in_checkpoint(self) -> bool:
+        """Tells whether the code that is followed runs in a checkpoint that recomputes it in backward."""
+        hook = _saved_tensors_hook()
+        return hook is not self._hooks[-1] and getattr(hook, "__module__", "") == "torch.utils.checkpoint"
+
+    def _who_hooks(self) -> str:
+        """Returns the module whose code set the first hook for saved tensors."""
+        last = max(i for i, hook in enumerate(self._hooks) if hook is self._hooks[0])
+        return self._path[last]
+
     def _draw(self, number: int) -> None:
         """Notes that code that is followed drew random numbers: only the model's own may, since nobody calls others."""
         if self._path[-1]:
@@ -424,6 +502,12 @@ class Tape:
         line = line if line is not None else code_line()
         self.trapped = Trap(self._path[-1] if inside is None else inside, line, what)
         return self.trapped
+
+
+def _saved_tensors_hook() -> Any:
+    """Returns the innermost hook that packs what autograd saves, if there is one."""
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
+    return hooks[0] if hooks else None
 
 
 class _Whole:

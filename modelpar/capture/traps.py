@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modelpar.capture import trees
 
@@ -65,29 +65,6 @@ def is_plain(value: Any) -> bool:
     if isinstance(value, (list, tuple)):
         return all(map(is_plain, value))
     return isinstance(value, SCALARS)
-
-
-def attributes_of(model: nn.Module, leaves: frozenset[str]) -> dict[str, dict[str, Any]]:
-    """Returns the plain attributes, and the identity of tensors, of all modules that are not inside leaves."""
-    found = {}
-    for name, module in model.named_modules():
-        if any(name == leaf or name.startswith(f"{leaf}.") for leaf in leaves):
-            continue
-        own = {key: value for key, value in vars(module).items() if isinstance(value, SCALARS)}
-        tensors = {**module._parameters, **module._buffers}
-        tensors |= {key: value for key, value in vars(module).items() if isinstance(value, Tensor)}
-        found[name] = own | {key: id(value) for key, value in tensors.items()}
-    return found
-
-
-def changed_attribute(before: dict[str, dict[str, Any]], after: dict[str, dict[str, Any]]) -> tuple[str, str] | None:
-    """Returns a module and the attribute of it that is not as it was, if there is one."""
-    missing = object()
-    for module, values in before.items():
-        for name in values.keys() | after[module].keys():
-            if values.get(name, missing) != after[module].get(name, missing):
-                return module, name
-    return None
 
 
 def code_line() -> str:

@@ -19,9 +19,8 @@ class Spec(NamedTuple):
     """Leaves that are dataclasses: position, an empty instance, fields, the Spec of their values, and how many."""
 
     def __reduce__(self) -> Any:
-        """Pickles a tree of that shape: torch's own specs warn when they are unpickled."""
-        inside = sum(count - 1 for _, _, _, (_, count) in self.inner)
-        return _spec_of, (unflatten([0] * (self.spec.num_leaves + inside), self),)
+        """Pickles what torch's own spec is made of, which warns when it is unpickled itself."""
+        return _spec_of, (_parts(self.spec), self.inner)
 
 
 def flatten(tree: Any) -> tuple[list[Any], Spec]:
@@ -45,8 +44,23 @@ def flatten(tree: Any) -> tuple[list[Any], Spec]:
     return found, Spec(spec, tuple(inner))
 
 
-def _spec_of(tree: Any) -> Spec:
-    return flatten(tree)[1]
+_LEAF = pytree.tree_flatten(0)[1]
+
+
+def _parts(spec: pytree.TreeSpec) -> Any:
+    """Returns a spec's kind of node, its context and its children, as plain data; None for a leaf."""
+    return None if spec == _LEAF else (spec.type, spec.context, [_parts(child) for child in spec._children])
+
+
+def _whole(parts: Any) -> pytree.TreeSpec:
+    if parts is None:
+        return _LEAF
+    kind, context, children = parts
+    return pytree.TreeSpec(kind, context, [_whole(child) for child in children])
+
+
+def _spec_of(parts: Any, inner: Any) -> Spec:
+    return Spec(_whole(parts), inner)
 
 
 def unflatten(leaves: list[Any], spec: Spec) -> Any:

@@ -28,21 +28,40 @@ CustomCall = Callable[[type, Callable[..., Any], Any, Any], Any]
 
 
 @contextmanager
-def module_calls(around: ModuleCall) -> Iterator[None]:
-    """Has the calls of all modules on this thread go through `around`."""
-    call, thread = nn.Module.__call__, threading.get_ident()
+def module_calls(around: ModuleCall, model: nn.Module | None = None) -> Iterator[None]:
+    """Has the calls of all modules on this thread go through `around`; once each, also where a class of the model has a
+    `__call__` of its own around torch's, as layers that checkpoint themselves do."""
+    thread, entered = threading.get_ident(), list[tuple[nn.Module, type]]()
 
-    def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return call(module, *args, **kwargs)
-        return around(lambda *a, **k: call(module, *a, **k), module, args, kwargs)
+    def patch(kind: type, call: Callable[..., Any]) -> Callable[..., Any]:
+        def patched(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            within = bool(entered) and entered[-1][0] is module and entered[-1][1] is not kind
+            if threading.get_ident() != thread or within:
+                return call(module, *args, **kwargs)
 
+            def enter(*args: Any, **kwargs: Any) -> Any:
+                entered.append((module, kind))
+                try:
+                    return call(module, *args, **kwargs)
+                finally:
+                    entered.pop()
+
+            return around(enter, module, args, kwargs)
+
+        return patched
+
+    classes = {kind for module in (model.modules() if model is not None else ()) for kind in type(module).__mro__}
+    own = [kind for kind in classes if issubclass(kind, nn.Module) and "__call__" in vars(kind)]
+    own = [kind for kind in own if not issubclass(kind, torch.jit.ScriptModule)]
     with _PATCHING:
-        nn.Module.__call__ = patched  # type: ignore[method-assign]
+        calls = {kind: vars(kind)["__call__"] for kind in {nn.Module, *own}}
+        for kind, call in calls.items():
+            kind.__call__ = patch(kind, call)  # type: ignore[method-assign]
         try:
             yield
         finally:
-            nn.Module.__call__ = call  # type: ignore[method-assign]
+            for kind, call in calls.items():
+                kind.__call__ = call  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -112,6 +131,13 @@ def set_generator_states(states: list[Tensor]) -> None:
     torch.default_generator.set_state(states[0])
     if len(states) > 1:
         torch.cuda.set_rng_state(states[1])
+
+
+def may_draw(module: nn.Module, kinds: set[type]) -> bool:
+    """Tells whether a module that was not called could draw if it were: it is of a kind that drew, or torch's own."""
+    if isinstance(module, (nn.modules.dropout._DropoutNd, nn.RNNBase, nn.MultiheadAttention)):
+        return module.training and float(getattr(module, "p", getattr(module, "dropout", 0.0))) > 0
+    return type(module) in kinds or isinstance(module, (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d))
 
 
 def has_drawn(before: list[Tensor]) -> bool:
