@@ -76,11 +76,13 @@ def where_alone(self, x):
 
 
 def masked_select(self, x):
-    return self.second(x) + torch.masked_select(self.first(x), x > 0).sum()
+    x = self.first(x)
+    return self.second(x) + torch.masked_select(x, x > 0).sum()
 
 
 def bool_mask(self, x):
-    return self.second(x) + self.first(x)[x[:, 0] > 0].sum()
+    x = self.first(x)
+    return self.second(x) + x[x[:, 0] > 0].sum()
 
 
 def unique(self, x):
@@ -184,7 +186,7 @@ TRAPS = {
     reads_a_gradient: "reads the gradient of a tensor",
     reads_an_address: "reads '_cdata' of a tensor",
     inference: "computes in inference mode",
-    slices_by_data: "cuts a tensor where the data say|reads a value that depends on weights",
+    slices_by_data: r"reads a value that depends on weights \(int\)",
     a_module_from_elsewhere: "calls a Linear with parameters that is no part of the model",
     a_parameter_from_elsewhere: "uses a tensor that requires a gradient and is no parameter of the model",
     a_function_by_the_back_door: "uses a custom autograd function that was not called by its `apply`",

@@ -18,6 +18,7 @@ from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
 from modelpar.capture.pruning import pruned
+from modelpar.capture.reads import Endless, Trial, settle
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
 from modelpar.capture.survey import Grain, choose_leaves, outermost
@@ -95,6 +96,13 @@ def record(
             restore()
             try:
                 recording, output, targets = _record(objective, microbatch, model, leaves, mode)
+                most = 10 * len(recording.nodes) + 1000
+
+                def again(trial: Trial, leaves: frozenset[str] = leaves, most: int = most) -> Recording:
+                    restore()
+                    return _record(objective, microbatch, model, leaves, mode, trial, most)[0]
+
+                recording = pruned(settle(recording, again))
                 break
             except Trap as trap:
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
@@ -129,16 +137,22 @@ def _like(model: nn.Module, name: str) -> list[str]:
 
 
 def _record(
-    objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str
+    objective: Objective,
+    microbatch: Batch,
+    model: nn.Module,
+    leaves: frozenset[str],
+    mode: str,
+    tried: Trial | None = None,
+    most_nodes: int = 0,
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
-    tape = Tape(model, leaves)
+    tape = Tape(model, leaves, tried, most_nodes)
     takes_targets = objective.loss is not None and mode != "predict"
 
     def forward() -> Any:
         try:
             return run(model, inputs)
-        except Trap:
+        except (Trap, Endless):
             raise
         except Exception as error:
             if tape.trapped:  # the model's code made another error of it
@@ -149,7 +163,6 @@ def _record(
     samples = batch_size(inputs, objective.batch_dim)
     finish = partial(_counting, objective, mode)
     recording, output = tape.record(forward, batch, samples, finish, targets if takes_targets else None)
-    recording = pruned(recording)
     made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
     return replace(recording, signature=made_for), output, targets
 

@@ -20,7 +20,7 @@ def pruned(recording: Recording) -> Recording:
     for number in reversed(range(len(nodes))):
         node = nodes[number]
         used = {ref.index for ref in wanted if ref.node == number}
-        lasting = (node.is_module and not node.free) or node.draws or node.changes
+        lasting = (node.is_module and not node.free) or node.draws or node.changes or node.check or node.lasting
         if not used and not lasting:
             continue
         arguments = len(node.writes) - node.aliases

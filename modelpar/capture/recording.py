@@ -135,6 +135,12 @@ class Node:
     """Of a module: whether it is called in an activation checkpoint of the code around it."""
     recomputes: bool = False
     """Of a module: whether it has checkpoints of its own, so that parts of it run again in backward."""
+    check: bool = False
+    """Whether it reads a number that must be what it was when recorded, as the code raises an exception otherwise."""
+    number: bool = False
+    """Whether it returns a number."""
+    lasting: bool = False
+    """Whether it is done although nobody takes what it returns: it hooks into the backward."""
     writes: tuple[Ref | State, ...] = ()
     """What it changed in place: arguments, and other views of their memory."""
     aliases: int = 0
@@ -229,6 +235,17 @@ class Guard:
     outcome: Any
 
 
+class Read(NamedTuple):
+    """A number that the code read off a value that depends on more than the batch."""
+
+    node: int
+    place: Any
+    """Where in the code."""
+    of: str
+    """What it depends on, in a word."""
+    outcome: Any
+
+
 PLACEHOLDER = "<tensor>"
 
 
@@ -266,6 +283,8 @@ class Recording:
     """What micro-batches must have in common with the one recorded, see `signature`."""
     leaves: frozenset[str] = frozenset()
     """FQNs of the modules that were called whole."""
+    reads: tuple[Read, ...] = ()
+    """Numbers of which it is not settled yet what they change."""
 
     def is_straight(self, model: nn.Module) -> bool:
         """Tells whether the model is an nn.Sequential and this its layers, one after the other."""

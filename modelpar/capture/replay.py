@@ -91,6 +91,12 @@ class Replay:
                 leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
             if call.exact:
                 _check(call.node, leaves)
+            elif call.node.check and output != call.node.plain[0]:
+                raise RunError(
+                    f"{call.node.name} of a value was {output} where it was {not output} when the model was captured, "
+                    f"and {call.node.inside or 'the model'} raised an exception when that was tried "
+                    f"({call.node.line}): what it checks does not hold on this micro-batch"
+                )
             for index, slot in call.kept:
                 env[slot] = output if index is None else leaves[index] if index >= 0 else written[-1 - index]
             del arguments, keywords, written, output, leaves

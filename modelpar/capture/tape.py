@@ -12,36 +12,40 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
-from modelpar.capture import attributes, trees
+from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.held import HeldObjects, tensors_in
 from modelpar.capture.origins import BUFFER, STATE, Origins, version_of
-from modelpar.capture.placed import Place, Places, in_place
+from modelpar.capture.placed import Place as PlaceOfWeight
+from modelpar.capture.placed import Places, in_place
+from modelpar.capture.reads import Endless, Trial, other, place_of
 from modelpar.capture.recording import (
     PLACEHOLDER,
     Apply,
     Attribute,
     Guard,
     Node,
+    Read,
     Recording,
     Ref,
     Settings,
     Template,
     function_name,
 )
+from modelpar.capture.shapes import Shaped, shaped_by, tells_shape, with_zeros
 from modelpar.capture.traps import (
     DESCRIBES,
     SCALARS,
     Trap,
     code_line,
     is_plain,
-    takes_shape_from_values,
 )
 from modelpar.capture.watch import Functions, custom_calls, generator_states, has_drawn, may_draw, module_calls
 from modelpar.planning.graph import BATCH
@@ -52,12 +56,17 @@ _PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format
 class Tape:
     """One recording under way. Use `record`."""
 
-    def __init__(self, model: nn.Module, leaves: frozenset[str]):
+    def __init__(self, model: nn.Module, leaves: frozenset[str], tried: Trial | None = None, most_nodes: int = 0):
+        """Where the code reads numbers at a place that is `tried`, it is given others; see `reads`. Of more nodes than
+        `most_nodes`, if given, the forward is not expected to end."""
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._model, self.leaves = model, leaves
         self._places = Places(model)
         self._followed = [m for n, m in model.named_modules() if not any(f"{n}.".startswith(f"{a}.") for a in leaves)]
         self._origins, self._held, self._attributes = Origins(model), HeldObjects(), attributes.Calls()
+        self._tried, self._most_nodes, self._done = tried, most_nodes, False
+        self._shaped = Shaped()
+        self.reads: list[Read] = []
         self.nodes: list[Node] = []
         self.guards: list[Guard] = []
         self.together: list[tuple[int, int, str]] = []
@@ -107,6 +116,7 @@ class Tape:
         before = attributes.fingerprint(self._followed)
         with module_calls(self._call, self._model), custom_calls(self._custom), self._functions:
             output = forward()
+        self._done = True
         if self.trapped:  # the model's code caught it
             raise self.trapped
         if changed := attributes.changed(before, attributes.fingerprint(self._followed)):
@@ -126,6 +136,7 @@ class Tape:
             together=tuple((i, j) for i, j, _ in self.together),
             why=tuple(why for _, _, why in self.together),
             leaves=self.leaves,
+            reads=tuple(self.reads),
         )
         return recording, output
 
@@ -180,7 +191,7 @@ class Tape:
             return self._one(name, whole, (*placed.values(), *args), kwargs, tuple(placed))
 
     def _call_leaf(
-        self, name: str, call: Callable[..., Any], placed: tuple[Place, ...], /, *args: Any, **kwargs: Any
+        self, name: str, call: Callable[..., Any], placed: tuple[PlaceOfWeight, ...], /, *args: Any, **kwargs: Any
     ) -> Any:
         values, args = args[: len(placed)], args[len(placed) :]
         with in_place(self._model.get_submodule(name), placed, values):
@@ -225,11 +236,41 @@ class Tape:
             raise self._trap(f"sets {getattr(function.__self__, '__name__', name)!r} of a tensor")  # type: ignore[attr-defined]
         if short == "__get__":
             return self._property(function, args, kwargs)
+        if tells_shape(name):
+            self._tell_shape(args, kwargs)
         if name in DESCRIBES and not (name == "type" and len(args) + len(kwargs) > 1):
             return function(*args, **kwargs)
-        if takes_shape_from_values(name, args, kwargs):
+        if name == "register_hook":
+            return self._hook(function, args, kwargs)
+        if name == "getitem":
+            args = args[0], self._with_plain_ends(args[1])
+        by = shaped_by(name, args, kwargs)
+        if by and self._origins.flags_of(self._template(by, "")) & (STATE | BUFFER):
             raise self._trap(f"calls {name}, which returns as many values as the data say")
-        return self._one(function, function, args, kwargs)
+        return self._one(function, function, args, kwargs, shaped=bool(by))
+
+    def _with_plain_ends(self, index: Any) -> Any:
+        """Returns an index whose slices end at numbers: those that are tensors are read."""
+        if isinstance(index, tuple):
+            return tuple(map(self._with_plain_ends, index))
+        if not isinstance(index, slice):
+            return index
+        ends = (index.start, index.stop, index.step)
+        return slice(*(self._function(Tensor.__int__, (e,), {}) if isinstance(e, Tensor) else e for e in ends))
+
+    def _tell_shape(self, args: Any, kwargs: Any) -> None:
+        """Notes that the code learns the shapes of tensors: those that depend on values must come out the same."""
+        for tensor in trees.tensors_of((args, kwargs)):
+            self.guards += [guard for guard in self._shaped.guards(tensor) if guard not in self.guards]
+
+    def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Notes that the code hooks into the backward of a tensor; the stage that makes the tensor does so, too."""
+        template, number = self._template((args, kwargs), code_line()), len(self.nodes)
+        self.together += [(ref.node, number, "one hooks into the other's backward") for ref in template.refs]
+        self.nodes.append(Node(function, template, self._path[-1], code_line(), lasting=True, plain=(None,)))
+        self._origins.flags[number] = STATE
+        with self._functions.away():
+            return function(*args, **kwargs)
 
     def _property(self, function: Any, args: Any, kwargs: Any) -> Any:
         name = function.__self__.__name__
@@ -248,13 +289,14 @@ class Tape:
         call: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        placed: tuple[Place, ...] = (),
+        placed: tuple[PlaceOfWeight, ...] = (),
+        shaped: bool = False,
     ) -> Any:
-        """Calls something as one node."""
+        """Calls something as one node; `shaped` says that the shape of what it returns depends on values."""
         self._inside += 1
         self._recomputes = False
         try:
-            return self._one_node(target, call, args, kwargs, placed, code_line())
+            return self._one_node(target, call, args, kwargs, placed, shaped, code_line())
         finally:
             self._inside -= 1
 
@@ -264,9 +306,12 @@ class Tape:
         call: Callable[..., Any],
         args: Any,
         kwargs: Any,
-        placed: tuple[Place, ...],
+        placed: tuple[PlaceOfWeight, ...],
+        shaped: bool,
         line: str,
     ) -> Any:
+        if self._most_nodes and len(self.nodes) > self._most_nodes:
+            raise Endless
         if torch.is_inference_mode_enabled():
             raise self._trap("computes in inference mode")
         hooked = torch.is_grad_enabled() and _saved_tensors_hook() is not self._hooks[0]
@@ -293,8 +338,7 @@ class Tape:
         found = trees.leaves_of(output)
         written = [t for t, v in zip(tensors, versions, strict=True) if version_of(t) != v]
         if module is None and not written and not any(isinstance(leaf, Tensor) for leaf in found):
-            self._read(target, template, tensors, output)
-            return output
+            return self._read(target, template, tensors, output, line)
         number, drew = len(self.nodes), has_drawn(states)
         if drew and module is None:
             self._draw(number)
@@ -334,6 +378,10 @@ class Tape:
             )
         )
         self._note(number, changed, output, flags)
+        zeros = template
+        if shaped:
+            zeros = with_zeros(template, trees.leaves_of((args, kwargs)), self._depends_on_more)
+        self._shaped.note(target, zeros, tensors, output, makes=shaped)
         self._held.taken(number, template, trial, output)
         if module is not None:
             self._attributes.end(number, module, before, again, output)
@@ -412,13 +460,13 @@ class Tape:
             return self._leaf_of(leaf, line)
         if isinstance(leaf, _Whole):
             return leaf.ref
+        if isinstance(leaf, (numbers.FloatNumber, numbers.IntNumber)):
+            return leaf.ref
         if isinstance(leaf, nn.Module):
             raise self._trap(f"hands a {type(leaf).__name__} to a call", line=line)
         if isinstance(leaf, _PLAIN) or callable(leaf):
             return leaf
         if isinstance(leaf, slice):
-            if any(isinstance(end, Tensor) for end in (leaf.start, leaf.stop, leaf.step)):
-                raise self._trap("cuts a tensor where the data say", line=line)
             return leaf
         if (held := self._held.find(leaf)) is not None:
             return held
@@ -487,16 +535,48 @@ class Tape:
             self.together.append((self._last_draw, number, "the model's own forward draws random numbers in both"))
         self._last_draw = number
 
-    def _read(self, target: Any, template: Template, tensors: list[Tensor], outcome: Any) -> None:
-        """Notes that the code read something from tensors: fixed, a guard, or a trap."""
+    def _depends_on_more(self, leaf: Any) -> bool:
+        """Tells whether a leaf of a template depends on more than the batch."""
+        return bool(self._origins.flags_of(Template((leaf,), trees.flatten(0)[1])) & (STATE | BUFFER))
+
+    def _read(self, target: Any, template: Template, tensors: list[Tensor], outcome: Any, line: str) -> Any:
+        """Notes that the code read something from tensors: fixed, a guard, to be tried, or a trap; returns it."""
         flags = self._origins.flags_of(template)
         if not tensors or flags == 0:
-            return
-        if not flags & (STATE | BUFFER) and is_plain(outcome):
-            self.guards.append(Guard(target, template, copy.deepcopy(outcome)))
-            return
-        what = "weights" if flags & STATE else "buffers"
-        raise self._trap(f"reads a value that depends on {what} ({function_name(target)})")
+            return outcome
+        if not flags & (STATE | BUFFER):
+            listed = isinstance(outcome, np.ndarray)
+            if is_plain(outcome) or listed:
+                function = AsList(target) if listed else target
+                found = outcome.tolist() if listed else copy.deepcopy(outcome)
+                self.guards.append(Guard(function, template, found))
+                return outcome
+        of = "weights" if flags & STATE else "buffers"
+        if not isinstance(outcome, (bool, int, float, complex)):
+            raise self._trap(f"reads a value that depends on {of} ({function_name(target)})")
+        if self._most_nodes and len(self.nodes) > self._most_nodes:
+            raise Endless
+        place = place_of(self._path[-1], line, target)
+        if self._tried and self._tried.place == place:
+            outcome = other(outcome, self._tried)
+        self.reads.append(Read(len(self.nodes), place, of, outcome))
+        return self._number(target, template, outcome, line)
+
+    def _number(self, target: Callable[..., Any], template: Template, value: Any, line: str) -> Any:
+        """Returns a number as what a node returned."""
+        number, inside = len(self.nodes), self._path[-1]
+        self.nodes.append(
+            Node(target, template, inside, line, plain=(value,), needs_grad=(False,), num_bytes=(0,), number=True)
+        )
+        self._origins.flags[number] = STATE
+        return numbers.number(value, Ref(number, 0), self._operate)
+
+    def _operate(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
+        """Computes with numbers that were read."""
+        value = function(*map(numbers.plain, operands))
+        if self._inside or self._done:
+            return value
+        return self._number(function, self._template((operands, {}), ""), value, code_line())
 
     def _trap(self, what: str, inside: str | None = None, line: str | None = None) -> Trap:
         line = line if line is not None else code_line()
@@ -508,6 +588,16 @@ def _saved_tensors_hook() -> Any:
     """Returns the innermost hook that packs what autograd saves, if there is one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks else None
+
+
+class AsList(NamedTuple):
+    """A function whose array is to be compared as a list."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the function returns, as a list."""
+        return self.function(*args, **kwargs).tolist()
 
 
 class _Whole:

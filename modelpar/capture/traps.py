@@ -6,11 +6,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from modelpar.capture import trees
-
 SCALARS = (bool, int, float, complex, str, bytes, type(None))
 
 # fmt: off
@@ -25,11 +20,6 @@ DESCRIBES = frozenset((
 ))
 """Functions that tell how a tensor is made, not what is in it."""
 
-_SHAPED_BY_VALUES = frozenset((
-    "nonzero", "masked_select", "unique", "unique_consecutive", "unique_dim", "argwhere", "bincount",
-    "repeat_interleave", "to_sparse",
-))
-"""Functions that return as many values as the data say."""
 # fmt: on
 
 _OWN = ("torch", "modelpar")
@@ -41,23 +31,6 @@ class Trap(Exception):
     def __init__(self, module: str, line: str, what: str):
         super().__init__(f"{what} ({line})" if line else what)
         self.module, self.line, self.what = module, line, what
-
-
-def takes_shape_from_values(name: str, args: Any, kwargs: Any) -> bool:
-    """Tells whether a call of a function returns as many values as the data say."""
-    if name in _SHAPED_BY_VALUES:
-        if name == "repeat_interleave":
-            repeats = args[1] if len(args) > 1 else kwargs.get("repeats", args[0] if args else None)
-            return isinstance(repeats, Tensor) and "output_size" not in kwargs
-        return True
-    if name == "where":
-        return len(args) + len(kwargs) == 1
-    if name == "tensor_split":
-        return any(isinstance(leaf, Tensor) for leaf in trees.leaves_of((args[1:], kwargs)))
-    if name == "getitem":
-        index = args[1] if isinstance(args[1], tuple) else (args[1],)
-        return any(isinstance(i, Tensor) and i.dtype in (torch.bool, torch.uint8) and i.dim() for i in index)
-    return False
 
 
 def is_plain(value: Any) -> bool:
