@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -23,7 +21,8 @@ from modelpar.capture.replay import Replay
 from modelpar.capture.survey import Grain, choose_leaves, outermost
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
-from modelpar.capture.watch import generator_states, has_drawn, set_generator_states
+from modelpar.capture.untouched import untouched
+from modelpar.capture.watch import generator_states, has_drawn
 from modelpar.errors import CaptureError, describe
 from modelpar.planning.graph import ModelGraph
 
@@ -85,20 +84,22 @@ def record(
     """
     retried = False
     with (
-        untouched(model) as restore,
+        untouched(model) as before,
         streamed(model),
         in_mode(model, mode),
         torch.inference_mode(False),
         torch.set_grad_enabled(mode == "train"),
     ):
+        before.keep_attributes()  # the mode
         while True:
-            restore()
+            before.restore()
             try:
                 recording, output, targets = _record(objective, microbatch, model, leaves, mode)
                 break
             except Trap as trap:
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
                     retried = True
+                    before.keep_attributes()
                     continue
                 if not trap.module or not may_close:
                     where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
@@ -111,13 +112,14 @@ def record(
                 closed = {n for n, m in model.named_modules() if type(m) is kind and n} | {trap.module}
                 leaves = outermost(leaves | closed)
         if objective.loss is not None and mode != "predict":
-            before = generator_states()
+            states = generator_states()
             _loss(objective, output, targets, recording.num_samples)
-            if has_drawn(before):
+            if has_drawn(states):
                 raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
-        restore()
+        before.keep_attributes()  # code that is followed must not depend on what its last forward left in them
+        before.restore()
         plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
-        restore()
+        before.restore()
         _check_same(_replay(recording, model, microbatch), plain)
     return recording
 
@@ -247,28 +249,3 @@ def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> 
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(output)) or "no tensors"
         raise CaptureError(f"the loss failed on the example batch, outputs {shapes}: {describe(error)}") from error
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Restores buffers, gradients and random generators on leaving; yields what restores the first and last before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in grads:
-        parameter.grad = None
-    with torch.random.fork_rng():
-        states = generator_states()
-
-        def restore() -> None:
-            set_generator_states(states)
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
-
-        try:
-            yield restore
-        finally:
-            restore()
-            for parameter, grad in grads:
-                parameter.grad = grad

@@ -18,13 +18,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from modelpar.capture import trees
-from modelpar.capture.capture import Captured, leaf_names, untouched
+from modelpar.capture.capture import Captured, leaf_names
 from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.deferred import made
 from modelpar.capture.graph import Layers
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
 from modelpar.capture.recording import Node
 from modelpar.capture.replay import Replay
+from modelpar.capture.untouched import untouched
 from modelpar.planning.profile import LayerCost, Profile
 
 _NOMINAL_FLOPS = 2e10
