@@ -15,6 +15,7 @@ from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
+from modelpar.capture.origins import Earlier
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
@@ -82,7 +83,8 @@ def record(
     A module whose code cannot be followed is called whole, and so are the others of its class, where they `may_close`;
     what cannot be followed in the model's own forward raises CaptureError.
     """
-    retried = False
+    retried = final = False
+    earlier = Earlier()
     with (
         untouched(model) as before,
         streamed(model),
@@ -93,10 +95,14 @@ def record(
         before.keep_attributes()  # the mode
         while True:
             before.restore()
+            earlier.forward_begins(final=final)
             try:
-                recording, output, targets = _record(objective, microbatch, model, leaves, mode)
-                break
+                recording, output, targets = _record(objective, microbatch, Tape(model, leaves, earlier), model, mode)
+                if not earlier.unsure:
+                    break
+                final = True
             except Trap as trap:
+                final = False
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
                     retried = True
                     before.keep_attributes()
@@ -125,10 +131,9 @@ def record(
 
 
 def _record(
-    objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str
+    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
-    tape = Tape(model, leaves)
     takes_targets = objective.loss is not None and mode != "predict"
 
     def forward() -> Any:

@@ -20,7 +20,7 @@ from torch.autograd.function import BackwardCFunction
 
 from modelpar.capture import trees
 from modelpar.capture.held import HeldObjects, tensors_in
-from modelpar.capture.origins import BUFFER, STATE, Origins, version_of
+from modelpar.capture.origins import BUFFER, STATE, Earlier, Origins, version_of
 from modelpar.capture.recording import (
     PLACEHOLDER,
     Apply,
@@ -52,10 +52,11 @@ _PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format
 class Tape:
     """One recording under way. Use `record`."""
 
-    def __init__(self, model: nn.Module, leaves: frozenset[str]):
+    def __init__(self, model: nn.Module, leaves: frozenset[str], earlier: Earlier | None = None):
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._model, self.leaves = model, leaves
-        self._origins, self._held = Origins(model), HeldObjects()
+        self._earlier = earlier or Earlier()
+        self._origins, self._held = Origins(model, self._earlier), HeldObjects()
         self.nodes: list[Node] = []
         self.guards: list[Guard] = []
         self.together: list[tuple[int, int, str]] = []
@@ -99,8 +100,11 @@ class Tape:
         for i, tensor in enumerate(batch.values()):
             self._origins.note(tensor, Ref(BATCH, i))
         attributes = attributes_of(self._model, self.leaves)
-        with module_calls(self._call), custom_calls(self._custom), self._functions:
-            output = forward()
+        try:
+            with module_calls(self._call), custom_calls(self._custom), self._functions:
+                output = forward()
+        finally:
+            self._earlier.keep(self._origins.made_of_nothing())
         if self.trapped:  # the model's code caught it
             raise self.trapped
         if changed := changed_attribute(attributes, attributes_of(self._model, self.leaves)):
@@ -184,6 +188,8 @@ class Tape:
         name, short = function_name(function), getattr(function, "__name__", "")
         if short in ("__set__", "__delete__"):
             raise self._trap(f"sets {getattr(function.__self__, '__name__', name)!r} of a tensor")  # type: ignore[attr-defined]
+        if short in ("requires_grad_", "grad", "backward"):  # of a graph of its own, which a cut would go through
+            raise self._trap(f"calls {short} in its own forward")
         if short == "__get__":
             return self._property(function, args, kwargs)
         if name in DESCRIBES:
@@ -375,10 +381,10 @@ class Tape:
             return ref
         if (inner := self._inner(tensor)) is not None:
             return inner
+        if tensor.requires_grad and tensor.is_leaf:
+            raise self._trap("uses a tensor that requires a gradient and is no parameter of the model", line=line)
         if not self._origins.was_before(tensor):
             raise self._trap("uses a tensor of unknown origin: made by code that torch does not see", line=line)
-        if tensor.requires_grad:
-            raise self._trap("uses a tensor that requires a gradient and is no parameter of the model", line=line)
         return tensor.detach()
 
     def _inner(self, tensor: Tensor) -> Ref | None:
