@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +15,7 @@ from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
+from modelpar.capture.origins import Earlier
 from modelpar.capture.pruning import pruned
 from modelpar.capture.reads import Endless, Trial, settle
 from modelpar.capture.recording import Recording, signature
@@ -24,7 +23,8 @@ from modelpar.capture.replay import Replay
 from modelpar.capture.survey import Grain, choose_leaves, outermost
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
-from modelpar.capture.watch import generator_states, has_drawn, set_generator_states
+from modelpar.capture.untouched import untouched
+from modelpar.capture.watch import generator_states, has_drawn
 from modelpar.errors import CaptureError, describe
 from modelpar.planning.graph import ModelGraph
 
@@ -84,29 +84,38 @@ def record(
     A module whose code cannot be followed is called whole, and so are the others of its class, where they `may_close`;
     what cannot be followed in the model's own forward raises CaptureError.
     """
-    retried = False
+    retried = final = False
+    earlier = Earlier()
     with (
-        untouched(model) as restore,
+        untouched(model) as before,
         streamed(model),
         in_mode(model, mode),
         torch.inference_mode(False),
         torch.set_grad_enabled(mode == "train"),
     ):
+        before.keep_attributes()  # the mode
         while True:
-            restore()
+            before.restore()
+            earlier.forward_begins(final=final)
             try:
-                recording, output, targets = _record(objective, microbatch, model, leaves, mode)
+                tape = Tape(model, leaves, earlier)
+                recording, output, targets = _record(objective, microbatch, tape, model, mode)
                 most = 10 * len(recording.nodes) + 1000
 
                 def again(trial: Trial, leaves: frozenset[str] = leaves, most: int = most) -> Recording:
-                    restore()
-                    return _record(objective, microbatch, model, leaves, mode, trial, most)[0]
+                    before.restore()
+                    earlier.forward_begins(final=False)
+                    return _record(objective, microbatch, Tape(model, leaves, earlier, trial, most), model, mode)[0]
 
-                recording = pruned(settle(recording, again))
-                break
+                if not earlier.unsure:
+                    recording = settle(recording, again)
+                    break
+                final = True
             except Trap as trap:
+                final = False
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
                     retried = True
+                    before.keep_attributes()
                     continue
                 if not trap.module or not may_close:
                     where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
@@ -117,14 +126,16 @@ def record(
                     ) from None
                 closed = set(_like(model, trap.module))
                 leaves = outermost(leaves | closed)
+        recording = pruned(recording)
         if objective.loss is not None and mode != "predict":
-            before = generator_states()
+            states = generator_states()
             _loss(objective, output, targets, recording.num_samples)
-            if has_drawn(before):
+            if has_drawn(states):
                 raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
-        restore()
+        before.keep_attributes()  # code that is followed must not depend on what its last forward left in them
+        before.restore()
         plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
-        restore()
+        before.restore()
         _check_same(_replay(recording, model, microbatch), plain)
     return recording
 
@@ -137,16 +148,9 @@ def _like(model: nn.Module, name: str) -> list[str]:
 
 
 def _record(
-    objective: Objective,
-    microbatch: Batch,
-    model: nn.Module,
-    leaves: frozenset[str],
-    mode: str,
-    tried: Trial | None = None,
-    most_nodes: int = 0,
+    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
-    tape = Tape(model, leaves, tried, most_nodes)
     takes_targets = objective.loss is not None and mode != "predict"
 
     def forward() -> Any:
@@ -266,28 +270,3 @@ def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> 
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(output)) or "no tensors"
         raise CaptureError(f"the loss failed on the example batch, outputs {shapes}: {describe(error)}") from error
-
-
-@contextmanager
-def untouched(model: nn.Module) -> Iterator[Callable[[], None]]:
-    """Restores buffers, gradients and random generators on leaving; yields what restores the first and last before."""
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    grads = [(parameter, parameter.grad) for parameter in model.parameters()]
-    for parameter, _ in grads:
-        parameter.grad = None
-    with torch.random.fork_rng():
-        states = generator_states()
-
-        def restore() -> None:
-            set_generator_states(states)
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers:
-                        buffer.copy_(buffers[name])
-
-        try:
-            yield restore
-        finally:
-            restore()
-            for parameter, grad in grads:
-                parameter.grad = grad

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import gc
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,40 @@ class Inner(NamedTuple):
     version: int
 
 
+class Earlier:
+    """Tensors that earlier forwards used. One of them that is used again was there before this forward: a constant.
+
+    No list of all objects tells that: making one fails other threads that make tuples meanwhile.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Tensor, int]] = {}
+        """With how often each had been written to."""
+        self.unsure = False
+        """Whether this forward used some that no earlier one had: the next one tells whether they are made anew."""
+        self._final = False
+
+    def forward_begins(self, *, final: bool) -> None:
+        """Takes nothing for known in a `final` forward but what is."""
+        self.unsure, self._final = False, final
+
+    def has(self, tensor: Tensor) -> bool:
+        """Tells whether a tensor was there before and nobody writes to it; of a new one that is not known yet."""
+        version = version_of(tensor)
+        if id(tensor) not in self._known and not self._final:
+            self.unsure = True
+            self._known[id(tensor)] = tensor, version
+        return self._known.get(id(tensor), (None, None))[1] == version
+
+    def keep(self, made: Iterable[Tensor]) -> None:
+        """Remembers constants that a forward made, which will be repeated: code that caches them uses them again."""
+        self._known |= {id(tensor): (tensor, version_of(tensor)) for tensor in made}
+
+
 class Origins:
     """Knows every tensor by its id: what made it, and what it depends on. Keeps them alive: no id comes twice."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, earlier: Earlier):
         named = (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False))
         self.states = {id(tensor): State(name) for name, tensor in reversed(named)}
         self._state_memory = {memory: self.states[id(t)] for _, t in reversed(named) if (memory := memory_of(t))}
@@ -51,8 +81,7 @@ class Origins:
         """All tensors with a Ref, to find those that share memory."""
         self.flags: dict[int, int] = {BATCH: INPUT}
         """What the values of each node depend on."""
-        self._before = {id(o): o for o in gc.get_objects() if issubclass(type(o), Tensor)}
-        """Tensors that were there before the forward: those that it uses, and that are no state, are constants."""
+        self._earlier = earlier
         self.inner: dict[int, Inner] = {}
 
     def first_name(self, name: str) -> str:
@@ -90,13 +119,17 @@ class Origins:
 
     def was_before(self, tensor: Tensor) -> bool:
         """Tells whether a tensor was there before the forward, and is no result of an earlier computation."""
-        return id(tensor) in self._before and tensor.grad_fn is None
+        return tensor.grad_fn is None and self._earlier.has(tensor)
+
+    def made_of_nothing(self) -> list[Tensor]:
+        """Returns the tensors that the forward made and that depend on nothing."""
+        return [tensor for tensor in self._known if not self.flags.get(self.refs[id(tensor)].node, INPUT)]
 
     def is_constant(self, tensor: Tensor) -> bool:
         """Tells whether a tensor depends on nothing."""
         if id(tensor) in self.refs:
             return not self.flags[self.refs[id(tensor)].node]
-        return self.was_before(tensor) and id(tensor) not in self.states and not tensor.requires_grad
+        return id(tensor) not in self.states and not tensor.requires_grad and self.was_before(tensor)
 
     def state_under(self, tensor: Tensor) -> State | None:
         """Returns the parameter or buffer whose memory a tensor lies in."""

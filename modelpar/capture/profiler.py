@@ -6,25 +6,28 @@ import hashlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import HigherOrderOperator
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
 from modelpar.capture import trees
-from modelpar.capture.capture import Captured, leaf_names, untouched
+from modelpar.capture.capture import Captured, leaf_names
 from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.deferred import made
+from modelpar.capture.flops import Flops
 from modelpar.capture.graph import Layers
 from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
 from modelpar.capture.recording import Node
 from modelpar.capture.replay import Replay
+from modelpar.capture.untouched import untouched
 from modelpar.planning.profile import LayerCost, Profile
 
 _NOMINAL_FLOPS = 2e10
@@ -103,27 +106,25 @@ def _count_layer(
 ) -> tuple[LayerCost, list[Any]]:
     """Returns a layer's cost, and what it gives for the next ones."""
     saved: dict[int, int] = {}
-    fixed = {t.untyped_storage().data_ptr() for t in (*parameters, *buffers)}
+    fixed = _memory_of([*parameters, *buffers])
 
     def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in fixed:
-            saved[storage.data_ptr()] = storage.nbytes()
+        saved.update((place, size) for place, size in _memory_of([tensor]).items() if place not in fixed)
         return tensor
 
     received = _fresh(value)
-    with FlopCounterMode(display=False) as counter, _Allocations(parameters) as allocations:
+    with Flops() as counter, _Allocations(parameters) as allocations:
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
             output = forward(received)
         given = [t for t in trees.tensors_of(output) if t.requires_grad]
-        kept = saved | {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in trees.tensors_of(output)}
-        for tensor in trees.tensors_of(received):
-            kept.pop(tensor.untyped_storage().data_ptr(), None)
+        kept = saved | _memory_of(trees.tensors_of(output))
+        for place in _memory_of(trees.tensors_of(received)):
+            kept.pop(place, None)
         if given:  # not torch.autograd.grad, which the counter cannot follow
             torch.autograd.backward(given, [torch.ones_like(t) for t in given])
     for parameter in parameters:
         parameter.grad = None
-    flops, kept_bytes = float(counter.get_total_flops()), sum(kept.values())
+    flops, kept_bytes = float(counter.total), sum(kept.values())
     cost = LayerCost(
         name=name,
         forward_seconds=flops / 3 / _NOMINAL_FLOPS,
@@ -145,6 +146,8 @@ class _Allocations(TorchDispatchMode):
     It looks after every operator; what one needs inside itself, and frees again, is not seen.
     """
 
+    supports_higher_order_operators = True
+
     def __init__(self, parameters: list[nn.Parameter]):
         super().__init__()
         self.peak = 0
@@ -152,16 +155,28 @@ class _Allocations(TorchDispatchMode):
         self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return NotImplemented
         output = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in trees.tensors_of((args, kwargs))}
+        inputs = _memory_of(trees.tensors_of((args, kwargs)))
         for tensor in trees.tensors_of(output):
-            storage = tensor.untyped_storage()
-            if storage.nbytes() and storage.data_ptr() not in inputs:  # a view makes nothing
-                self._alive[storage.data_ptr()] = StorageWeakRef(storage), storage.nbytes()
-        self._alive = {pointer: entry for pointer, entry in self._alive.items() if not entry[0].expired()}
-        grads = {p.grad.untyped_storage().data_ptr() for p in self._parameters if p.grad is not None}
-        self.peak = max(self.peak, sum(size for pointer, (_, size) in self._alive.items() if pointer not in grads))
+            for place, size in _memory_of([tensor]).items():
+                if size and place not in inputs:  # a view makes nothing
+                    self._alive[place] = StorageWeakRef(tensor.untyped_storage()), size
+        self._alive = {place: entry for place, entry in self._alive.items() if not entry[0].expired()}
+        grads = _memory_of([p.grad for p in self._parameters if p.grad is not None])
+        self.peak = max(self.peak, sum(size for place, (_, size) in self._alive.items() if place not in grads))
         return output
+
+
+def _memory_of(tensors: Iterable[Tensor]) -> dict[int, int]:
+    """Returns where memory begins in which tensors lie, and its bytes; some, such as sparse ones, have none."""
+    found = {}
+    for tensor in tensors:
+        with suppress(RuntimeError, NotImplementedError):
+            storage = tensor.untyped_storage()
+            found[storage.data_ptr()] = storage.nbytes()
+    return found
 
 
 def _fresh(tree: Any) -> Any:

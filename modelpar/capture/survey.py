@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
-from torch.utils.flop_counter import FlopCounterMode
 
+from modelpar.capture.flops import Flops
 from modelpar.capture.watch import module_calls
 from modelpar.errors import CaptureError, ConfigError
 
@@ -132,13 +132,13 @@ def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, flo
     calls: Counter[str] = Counter()
     inner: dict[str, set[str]] = {}
     path: list[str] = []
-    counter = FlopCounterMode(display=False)
+    counter = Flops()
     names = {id(module): name for name, module in model.named_modules()}
 
     def count(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if id(module) not in names:
             return call(*args, **kwargs)
-        name, begun = names[id(module)], counter.get_total_flops()
+        name, begun = names[id(module)], counter.total
         inner.setdefault(name, set())
         if path:
             inner[path[-1]].add(name)
@@ -147,7 +147,7 @@ def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, flo
             return call(*args, **kwargs)
         finally:
             path.pop()
-            found[name] += counter.get_total_flops() - begun
+            found[name] += counter.total - begun
             calls[name] += 1
 
     with counter, torch.no_grad(), module_calls(count):

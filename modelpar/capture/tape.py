@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.held import HeldObjects, tensors_in
-from modelpar.capture.origins import BUFFER, STATE, Origins, version_of
+from modelpar.capture.origins import BUFFER, STATE, Earlier, Origins, version_of
 from modelpar.capture.placed import Place as PlaceOfWeight
 from modelpar.capture.placed import Places, in_place
 from modelpar.capture.reads import Endless, Trial, other, place_of
@@ -56,14 +56,23 @@ _PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format
 class Tape:
     """One recording under way. Use `record`."""
 
-    def __init__(self, model: nn.Module, leaves: frozenset[str], tried: Trial | None = None, most_nodes: int = 0):
-        """Where the code reads numbers at a place that is `tried`, it is given others; see `reads`. Of more nodes than
-        `most_nodes`, if given, the forward is not expected to end."""
+    def __init__(
+        self,
+        model: nn.Module,
+        leaves: frozenset[str],
+        earlier: Earlier | None = None,
+        tried: Trial | None = None,
+        most_nodes: int = 0,
+    ):
+        """`earlier` knows what earlier forwards used. Where the code reads numbers at a place that is `tried`, it is
+        given others; see `reads`. Of more nodes than `most_nodes`, if given, the forward is not expected to end."""
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._model, self.leaves = model, leaves
         self._places = Places(model)
         self._followed = [m for n, m in model.named_modules() if not any(f"{n}.".startswith(f"{a}.") for a in leaves)]
-        self._origins, self._held, self._attributes = Origins(model), HeldObjects(), attributes.Calls()
+        self._earlier = earlier or Earlier()
+        self._origins, self._held = Origins(model, self._earlier), HeldObjects()
+        self._attributes = attributes.Calls()
         self._tried, self._most_nodes, self._done = tried, most_nodes, False
         self._shaped = Shaped()
         self.reads: list[Read] = []
@@ -114,9 +123,12 @@ class Tape:
         for i, tensor in enumerate(batch.values()):
             self._origins.note(tensor, Ref(BATCH, i))
         before = attributes.fingerprint(self._followed)
-        with module_calls(self._call, self._model), custom_calls(self._custom), self._functions:
-            output = forward()
-        self._done = True
+        try:
+            with module_calls(self._call, self._model), custom_calls(self._custom), self._functions:
+                output = forward()
+        finally:
+            self._done = True
+            self._earlier.keep(self._origins.made_of_nothing())
         if self.trapped:  # the model's code caught it
             raise self.trapped
         if changed := attributes.changed(before, attributes.fingerprint(self._followed)):
@@ -234,6 +246,8 @@ class Tape:
         name, short = function_name(function), getattr(function, "__name__", "")
         if short in ("__set__", "__delete__"):
             raise self._trap(f"sets {getattr(function.__self__, '__name__', name)!r} of a tensor")  # type: ignore[attr-defined]
+        if short in ("requires_grad_", "grad", "backward"):  # of a graph of its own, which a cut would go through
+            raise self._trap(f"calls {short} in its own forward")
         if short == "__get__":
             return self._property(function, args, kwargs)
         if tells_shape(name):
@@ -491,10 +505,10 @@ class Tape:
             return ref
         if (inner := self._inner(tensor)) is not None:
             return inner
+        if tensor.requires_grad and tensor.is_leaf:
+            raise self._trap("uses a tensor that requires a gradient and is no parameter of the model", line=line)
         if not self._origins.was_before(tensor):
             raise self._trap("uses a tensor of unknown origin: made by code that torch does not see", line=line)
-        if tensor.requires_grad:
-            raise self._trap("uses a tensor that requires a gradient and is no parameter of the model", line=line)
         return tensor.detach()
 
     def _inner(self, tensor: Tensor) -> Ref | None:
