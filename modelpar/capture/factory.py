@@ -158,7 +158,7 @@ class _Factory(TorchDispatchMode):
                 self._bases[piece.memory] = torch.empty(size, dtype=torch.uint8, device="meta")
                 self._name(self._bases[piece.memory], piece.memory)
             placed = nn.Parameter(piece.of(self._bases[piece.memory]), parameter.requires_grad)
-            vars(placed).update(vars(parameter))
+            placed.__dict__ = vars(parameter)  # the same: code that still holds the parameter may set more
             for hooks in ("_backward_hooks", "_post_accumulate_grad_hooks"):  # which the capture refuses
                 if found := getattr(parameter, hooks, None):
                     setattr(placed, hooks, found)

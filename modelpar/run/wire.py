@@ -6,7 +6,6 @@ import copyreg
 import io
 import pickle
 from collections.abc import Mapping, Sequence
-from contextvars import Context, ContextVar
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -15,12 +14,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from modelpar.errors import CaptureError
+from modelpar.errors import CaptureError, describe
 from modelpar.run import layout
 from modelpar.run.cuda import HandedOver, Shared
+from modelpar.run.reducers import culprit, reduced
 
 
 @dataclass(slots=True)
@@ -138,20 +138,6 @@ class _ValuePickler(pickle.Pickler):
     }
 
 
-def _parametrized(kind: type[nn.Module], names: tuple[str, ...], attributes: dict[str, Any]) -> nn.Module:
-    """Makes a module of a class some of whose tensors are computed from others, as torch does."""
-    module = kind.__new__(kind)
-    vars(module).update(attributes)
-    parametrize._inject_new_class(module)
-    for name in names:
-        parametrize._inject_property(module, name)
-    return module
-
-
-def _context_variable(name: str, *default: Any) -> ContextVar[Any]:
-    return ContextVar(name, default=default[0]) if default else ContextVar(name)
-
-
 class _Pickler(cloudpickle.Pickler):
     """Pickles classes and functions by value where they cannot be imported, and sets tensors aside."""
 
@@ -162,25 +148,27 @@ class _Pickler(cloudpickle.Pickler):
         self.index: dict[int, int] = {}
 
     def persistent_id(self, obj: Any) -> Any:
-        if type(obj) not in (Tensor, nn.Parameter, nn.Buffer):
+        if not _is_apart(obj):
             return None
+        attributes = None
         if id(obj) not in self.index:
             self.index[id(obj)] = len(self.index)
-            self.tensors.append(None if obj.is_meta else obj.detach())
-        attributes = {name: value for name, value in vars(obj).items() if not name.startswith("_")}
+            with torch._C.DisableTorchFunctionSubclass():
+                self.tensors.append(None if obj.is_meta else obj.detach().as_subclass(Tensor))
+            attributes = vars(obj) or None  # only once: they may lead back to the tensor
         form = (tuple(obj.shape), obj.stride(), _DTYPES[obj.dtype]) if obj.is_meta else None
         return self.index[id(obj)], type(obj), obj.requires_grad, form, attributes
 
     def reducer_override(self, obj: Any) -> Any:
-        if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
-            (kind,) = type(obj).__bases__  # what it was before torch gave it a class of its own
-            return _parametrized, (kind, tuple(obj.parametrizations), vars(obj))
-        if isinstance(obj, ContextVar):  # as no context has set it
-            try:
-                return _context_variable, (obj.name, Context().run(obj.get))
-            except LookupError:
-                return _context_variable, (obj.name,)
-        return super().reducer_override(obj)
+        found = reduced(obj)
+        return super().reducer_override(obj) if found is NotImplemented else found
+
+
+def _is_apart(obj: Any) -> bool:
+    """Tells whether something is a tensor that travels apart, with its memory; others are pickled as torch does."""
+    if type(obj) in (Tensor, nn.Parameter):
+        return True
+    return isinstance(obj, nn.Parameter) and not is_traceable_wrapper_subclass(obj)
 
 
 class _Unpickler(pickle.Unpickler):
@@ -195,12 +183,10 @@ class _Unpickler(pickle.Unpickler):
             if form is not None:
                 tensor = torch.empty_strided(form[0], form[1], dtype=_dtype(form[2]), device="meta")
             assert tensor is not None
-            if kind is nn.Parameter:
-                tensor = nn.Parameter(tensor, requires_grad)
-            elif kind is nn.Buffer:
-                tensor = nn.Buffer(tensor)
-            vars(tensor).update(attributes)
+            if kind is not Tensor:
+                tensor = Tensor._make_subclass(kind, tensor, requires_grad)
             self._made[index] = tensor
+        vars(self._made[index]).update(attributes or {})
         return self._made[index]
 
 
@@ -224,9 +210,10 @@ def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
     try:
         pickler.dump(obj)
     except Exception as error:  # whatever a user's class raises
-        reason = " ".join(str(error).split())
+        place = culprit(obj, _cannot_travel)
         raise CaptureError(
-            f"cannot be sent to the workers: {type(error).__name__}: {reason}; expected what cloudpickle can pickle"
+            f"cannot be sent to the workers: {' '.join(describe(error).split())}{f', found at {place}' if place else ''}; "
+            "expected what cloudpickle can pickle"
         ) from error
     found = [name for number, name in (foreign or {}).items() if number in pickler.index]
     if found:
@@ -235,6 +222,14 @@ def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
             "share a tensor to hold it as an attribute of each, or to be on one stage"
         )
     return Parcel(file.getvalue(), [None if tensor is None else _exact(tensor) for tensor in pickler.tensors])
+
+
+def _cannot_travel(obj: Any) -> bool:
+    try:
+        _Pickler(io.BytesIO()).dump(obj)
+    except Exception:
+        return True
+    return False
 
 
 def ship_as(what: str, obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
