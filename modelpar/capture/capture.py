@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from modelpar.capture import trees
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
-from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
+from modelpar.capture.microbatch import Cutting, leaf_names
+from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
@@ -24,7 +24,7 @@ from modelpar.capture.survey import Grain, choose_leaves, outermost
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
 from modelpar.capture.watch import generator_states, has_drawn, set_generator_states
-from modelpar.errors import CaptureError, describe
+from modelpar.errors import CaptureError, ConfigError, describe
 from modelpar.planning.graph import ModelGraph
 
 
@@ -43,8 +43,11 @@ def capture(
     *,
     num_ranks: int = 2,
     grain: Grain | None = None,
+    num_samples: int | None = None,
 ) -> Captured:
     """Returns the recording and the graph of an objective's model, from real forwards of a micro-batch.
+
+    `num_samples` is how many it has; by default what is read off its inputs.
 
     Parameters, buffers, gradients and random generators are as before afterwards.
 
@@ -65,7 +68,7 @@ def capture(
             num_ranks,
             grain,
         )
-    recording = record(objective, microbatch, model, leaves)
+    recording = record(objective, microbatch, model, leaves, num_samples=num_samples)
     return Captured(recording, build_graph(recording, model, grain.keep_together))
 
 
@@ -77,6 +80,7 @@ def record(
     mode: str = "train",
     *,
     may_close: bool = True,
+    num_samples: int | None = None,
 ) -> Recording:
     """Returns what a forward, and the loss, of a micro-batch do; "evaluate" and "predict" run in eval mode.
 
@@ -84,6 +88,7 @@ def record(
     what cannot be followed in the model's own forward raises CaptureError.
     """
     retried = False
+    num_samples = num_samples or _samples(objective, microbatch)
     with (
         untouched(model) as restore,
         streamed(model),
@@ -94,7 +99,7 @@ def record(
         while True:
             restore()
             try:
-                recording, output, targets = _record(objective, microbatch, model, leaves, mode)
+                recording, output, targets = _record(objective, microbatch, model, leaves, mode, num_samples)
                 break
             except Trap as trap:
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
@@ -123,7 +128,7 @@ def record(
 
 
 def _record(
-    objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str
+    objective: Objective, microbatch: Batch, model: nn.Module, leaves: frozenset[str], mode: str, num_samples: int
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
     tape = Tape(model, leaves)
@@ -140,12 +145,19 @@ def _record(
             raise CaptureError(f"{tape.failure(error)}: {describe(error)}") from error
 
     batch = leaf_names(inputs, targets if takes_targets else None)
-    samples = batch_size(inputs, objective.batch_dim)
     finish = partial(_counting, objective, mode)
-    recording, output = tape.record(forward, batch, samples, finish, targets if takes_targets else None)
+    recording, output = tape.record(forward, batch, num_samples, finish, targets if takes_targets else None)
     recording = pruned(recording)
     made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
     return replace(recording, signature=made_for), output, targets
+
+
+def _samples(objective: Objective, microbatch: Batch) -> int:
+    """Returns how many samples a micro-batch has, as far as its inputs tell."""
+    try:
+        return 1 if objective.cut else Cutting.of(objective).size(*microbatch)
+    except ConfigError:
+        return 1
 
 
 def _counting(objective: Objective, mode: str, output: Any) -> Any:
@@ -156,23 +168,6 @@ def _counting(objective: Objective, mode: str, output: Any) -> Any:
     if not isinstance(loss, Tensor) or loss.dim():
         _loss(objective, output, None, 1)  # says what is wrong
     return loss
-
-
-def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
-    """Returns the tensors of a batch by name: "inputs" or "inputs.<key>", and likewise of targets."""
-    found: dict[str, Tensor] = {}
-    for name, tree in (("inputs", inputs), ("targets", targets)):
-        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, Tensor):
-                found[".".join([name, *(str(_key(key)) for key in path)])] = leaf
-    return found
-
-
-def _key(key: Any) -> Any:
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            return getattr(key, name)
-    return key
 
 
 def _replay(recording: Recording, model: nn.Module, microbatch: Batch) -> Any:
