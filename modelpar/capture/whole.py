@@ -7,6 +7,7 @@ over samples, the model compares samples with each other, or a part of the batch
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -29,8 +30,13 @@ from modelpar.errors import ConfigError, describe
 from modelpar.planning.reading import Reading
 
 _TOLERANCE = 1e-4
+"""By how much outputs may differ, as a share of their size, where all is computed in float32."""
+_LOSS_TOLERANCE = 1e-5
+"""By how much losses may, which are means over many numbers."""
 _STEPS = 4
 """By how many steps of the coarsest numbers that are computed with results may differ, as a share of their size."""
+_SMALL = 0.1
+"""Losses below this are compared by their difference: they may be the difference of larger numbers."""
 _IGNORED = -100
 """The class that PyTorch's losses leave out."""
 
@@ -100,25 +106,35 @@ def compare(objective: Objective, cutting: Cutting, model: nn.Module, batch: Bat
 def _difference(
     cutting: Cutting, batch: Batch, num_microbatches: int, look: Callable[[Microbatch], _Seen]
 ) -> _Difference | None:
-    """Runs the first two micro-batches apart and together; all of them where the user's own function cuts."""
-    microbatches = cutting.cut(batch, num_microbatches)
-    if cutting.own is None:
-        microbatches = microbatches[:2]
-    size = sum(microbatch.size for microbatch in microbatches)
-    together = cutting.first(batch, size)
-    if together.size != size:
+    """Runs micro-batches apart and together."""
+    parts, together = _chosen(cutting, batch, num_microbatches)
+    if together.size != sum(microbatch.size for microbatch in parts):
         return None
-    seen = [look(microbatch) for microbatch in microbatches]
+    seen = [look(microbatch) for microbatch in parts]
     whole = look(together)
     count = sum(part.loss.count for part in seen)
     apart = sum(float(part.loss.total) for part in seen) / count if count else math.nan
     of_whole = float(whole.loss.total) / whole.loss.count if whole.loss.count else math.nan
-    names = counting_names(seen[0].output, seen[0].size, whole.output, size, cutting.dim)
+    names = counting_names(seen[0].output, seen[0].size, whole.output, whole.size, cutting.dim)
     outputs = [_output_difference(name, seen, whole, cutting.dim) for name in sorted(names)]
-    loss = abs(apart - of_whole) / max(abs(of_whole), 1e-6)
+    loss = abs(apart - of_whole) / max(abs(of_whole), _SMALL)
     if not math.isfinite(of_whole):
         loss = 0.0
     return _Difference(max(outputs, default=0.0), math.inf if loss != loss else loss, apart, of_whole, [*seen, whole])
+
+
+def _chosen(cutting: Cutting, batch: Batch, num_microbatches: int) -> tuple[list[Microbatch], Microbatch]:
+    """Returns micro-batches and one of their samples: the two with the fewest and the most labels that are left out,
+    else the first two. Where the user's own function cuts, it is all of them and the batch."""
+    microbatches = cutting.cut(batch, num_microbatches)
+    if cutting.own is not None:
+        return microbatches, cutting.cut(batch, 1)[0]
+    ignored = [sum(map(_num_ignored, trees.tensors_of(microbatch[:2]))) for microbatch in microbatches]
+    few, many = ignored.index(min(ignored)), ignored.index(max(ignored))
+    pair = sorted((few, many)) if few != many else [0, 1]
+    starts = [0, *itertools.accumulate(microbatch.size for microbatch in microbatches)]
+    indices = [index for i in pair for index in range(starts[i], starts[i + 1])]
+    return [microbatches[i] for i in pair], Microbatch(*cutting.take(batch, indices), len(indices))
 
 
 def _output_difference(name: str, parts: list[_Seen], whole: _Seen, dim: int) -> float:
@@ -143,7 +159,7 @@ def _distance(a: Tensor, b: Tensor) -> float:
 
 
 def _same(found: _Difference, coarsest: _Coarsest) -> bool:
-    return max(found.output, found.loss) <= coarsest.tolerance
+    return found.output <= max(_TOLERANCE, coarsest.step) and found.loss <= max(_LOSS_TOLERANCE, coarsest.step)
 
 
 def _refuse_misread(
@@ -191,10 +207,10 @@ def _refuse_cut(
 
 def _note(objective: Objective, batch: Batch, found: _Difference, coarsest: _Coarsest) -> str:
     """Says what cutting changes, the likely cause, and what to write."""
-    if found.output > coarsest.tolerance:
+    if found.output > max(_TOLERANCE, coarsest.step):
         return (
             "cutting batches changes the output: two micro-batches apart give another than together, by "
-            f"{found.output:.2g} of its size. The model compares samples with each other, which it can do within a "
+            f"{found.output:.2g} of its size. The model compares samples with each other, or pads to the longest of them, which it can do within a "
             "micro-batch only; fewer and larger micro-batches change that least. An input that all samples share is "
             "named by shared=[…]"
         )
@@ -205,12 +221,12 @@ def _note(objective: Objective, batch: Batch, found: _Difference, coarsest: _Coa
     parts = found.seen[:-1]
     if all(seen.loss.count == seen.size for seen in found.seen):
         means = [float(seen.loss.total) / seen.size for seen in parts]
-        if abs(sum(means) - found.together) <= coarsest.tolerance * max(abs(found.together), 1e-6):
+        if abs(sum(means) - found.together) <= max(_TOLERANCE, coarsest.step) * abs(found.together):
             return (
                 f"{told}, because the loss is a sum over samples where a mean is expected; return "
                 "LossResult(total=sum, count=number of samples)"
             )
-        if any(_has_ignored(tensor) for tensor in trees.tensors_of(batch)):
+        if any(map(_num_ignored, trees.tensors_of(batch))):
             why = f"labels of {_IGNORED} are left out, so that the loss is a mean over the others and not over samples"
             return f"{told}, because {why}; {_advice(objective)}"
     return (
@@ -226,9 +242,9 @@ def _advice(objective: Objective) -> str:
     return f"give a loss that {result}"
 
 
-def _has_ignored(tensor: Tensor) -> bool:
+def _num_ignored(tensor: Tensor) -> int:
     whole = not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
-    return whole and bool((tensor == _IGNORED).any())
+    return int((tensor == _IGNORED).sum()) if whole and tensor.layout is torch.strided else 0
 
 
 def _look(objective: Objective, model: nn.Module, restore: Callable[[], None], microbatch: Microbatch) -> _Seen:
@@ -265,11 +281,11 @@ class _Coarsest(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tolerance = _TOLERANCE
+        self.step = 0.0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
         for tensor in trees.tensors_of(output):
             if tensor.is_floating_point():
-                self.tolerance = max(self.tolerance, _STEPS * torch.finfo(tensor.dtype).eps)
+                self.step = max(self.step, _STEPS * torch.finfo(tensor.dtype).eps)
         return output
