@@ -69,11 +69,15 @@ def cluster_of(config: DictConfig, devices: Sequence[str] = (), usual: Link | No
 def make(config: DictConfig, what: str, **arguments: Any) -> Any:
     """Calls a config's `_target_`; its own errors pass, all others become a ConfigError that names the group."""
     try:
-        return instantiate(config, _convert_="all", **arguments)
-    except InstantiationException as error:
+        if arguments:  # Hydra would make lists of the tuples in them
+            return instantiate(config, _convert_="all", _partial_=True)(**arguments)
+        return instantiate(config, _convert_="all")
+    except ModelparError:
+        raise
+    except Exception as error:
         if isinstance(error.__cause__, ModelparError):
             raise error.__cause__ from None
-        cause = error.__cause__ or error
+        cause = (error.__cause__ if isinstance(error, InstantiationException) else None) or error
         reason = " ".join(str(cause).split())
         raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error
 

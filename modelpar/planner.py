@@ -15,9 +15,11 @@ from modelpar import cache
 from modelpar.calibration import calibrate
 from modelpar.capture import profiler
 from modelpar.capture.capture import capture
-from modelpar.capture.objective import Batch, Objective, batch_size, microbatch_sizes, split_batch
+from modelpar.capture.microbatch import Cutting, checked_batch
+from modelpar.capture.objective import Batch, Objective
 from modelpar.capture.survey import Grain
-from modelpar.errors import ConfigError, PartitionError
+from modelpar.capture.whole import compare
+from modelpar.errors import CaptureError, ConfigError, PartitionError
 from modelpar.machine import Setting
 from modelpar.planning import partitioners, schedules
 from modelpar.planning.cluster import UNKNOWN, Cluster, Link
@@ -94,21 +96,35 @@ def plan(
     described = replace(described, devices=places, transport=transport, shared_memory=shared_memory, cuda_ipc=cuda_ipc)
     setting = Setting(places, num_threads, transport, shared_memory, cuda_ipc)
     order = schedule(num_ranks, num_microbatches)
+    example_batch = checked_batch(example_batch)
+    cutting = Cutting.of(objective).read(example_batch)
+    microbatches = cutting.cut(example_batch, num_microbatches)
+    inputs, targets, num_samples = microbatches[0]
     doing("making the model")
     model = objective.build(seed)
-    size = batch_size(example_batch[0], objective.batch_dim)
-    sizes = microbatch_sizes(size, num_microbatches)
-    inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in example_batch)
     grain = Grain(tuple(leaf), tuple(split_before), tuple(keep_together))
     doing("recording the model")
     begun = time.perf_counter()
-    captured = capture(objective, (inputs, targets), model, num_ranks=order.num_stages, grain=grain)
+    try:
+        another = next((m for m in microbatches[1:] if m.size == num_samples), None)
+        options = {"num_ranks": order.num_stages, "grain": grain, "num_samples": num_samples}
+        options["other"] = another and (another.inputs, another.targets)
+        captured = capture(objective, (inputs, targets), model, **options)
+    except CaptureError:
+        compare(objective, cutting, model, example_batch, num_microbatches)  # knows where the reading is what is wrong
+        raise
     graph = captured.graph
     recorded = len(graph.layers), len(graph.cuts), time.perf_counter() - begun
     _log.debug("recorded the model: %d layers, %d places to cut, in %.2f s", *recorded)
+    doing("comparing micro-batches with a batch")
+    compared = compare(objective, cutting, model, example_batch, num_microbatches)
+    for note in compared.notes:
+        _log.warning(note)
+    for line in filter(None, (*compared.known, compared.passed)):
+        _log.debug(line)
     doing("counting operations")
     count = profiler.count(objective, captured, (inputs, targets), model)
-    subject = Subject(objective, captured, model, (inputs, targets), count, len(sizes), optimizer, max_norm)
+    subject = Subject(objective, captured, model, (inputs, targets), count, len(microbatches), optimizer, max_norm)
 
     def decided(profile: Profile) -> Plan:
         doing("planning")
@@ -123,6 +139,7 @@ def plan(
         decided(count.profile)  # a message with all that is expected to be held
         raise
     found = decided(_profile(profile, subject, setting, workers, doing))
+    found = replace(found, batch=cutting.known, notes=(*compared.notes, *compared.known))
     found = found.with_prediction(prediction(predict(found)))
     assert found.prediction
     balance = "-".join(map(str, found.partition.balance))

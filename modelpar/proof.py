@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from modelpar.capture.deferred import materialize
-from modelpar.capture.objective import Batch, Objective, batch_size, split_batch
+from modelpar.capture.objective import Batch, Objective
 from modelpar.compared import compare_outputs, compare_states, compare_values
 from modelpar.planning.doing import Doing, silent
 from modelpar.planning.plan import Plan
@@ -47,10 +47,10 @@ def verify(
     torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits
     try:
         unsplit = Unsplit(objective, model, exact, seed)
-        batches, left_out = _cut(unsplit, objective, batch, plan.num_microbatches, steps)
+        batches, left_out = _cut(unsplit, batch, plan.num_microbatches, steps)
         doing("comparing single steps", 0, len(batches))
         with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed) as pipeline:
-            checks = [*_single_steps(pipeline, unsplit, objective, batches, plan.num_microbatches, order, doing)]
+            checks = [*_single_steps(pipeline, unsplit, batches, plan.num_microbatches, order, doing)]
         doing("comparing a training")
         unsplit.restart()
         options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed}
@@ -67,7 +67,6 @@ def verify(
 def _single_steps(
     pipeline: Pipeline,
     unsplit: Unsplit,
-    objective: Objective,
     batches: list[Batch],
     most: int,
     order: list[str],
@@ -82,10 +81,10 @@ def _single_steps(
     checks: list[Check] = []
     for step, batch in enumerate(batches):
         doing("comparing single steps", step, len(batches))
-        name = f"step {step}, {batch_size(batch[0], objective.batch_dim)} samples"
+        name = f"step {step}, {unsplit.cutting.size(*batch)} samples"
         checks += _single_step(pipeline, unsplit, batch, step, name, order)
     passed = all(check.passed for check in checks)
-    place = "" if passed else _first_microbatch(pipeline, unsplit, objective, batches, most, order)
+    place = "" if passed else _first_microbatch(pipeline, unsplit, batches, most, order)
     yield from (check if check.passed else replace(check, detail=check.detail + place) for check in checks)
 
 
@@ -102,13 +101,11 @@ def _single_step(
     return checks + ([compare_states(f"buffers, {name}", found, buffers)] if buffers else [])
 
 
-def _first_microbatch(
-    pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batches: list[Batch], most: int, order: list[str]
-) -> str:
+def _first_microbatch(pipeline: Pipeline, unsplit: Unsplit, batches: list[Batch], most: int, order: list[str]) -> str:
     """Says in which micro-batch a difference begins, where batches with one sample per micro-batch show it."""
-    most = min(most, batch_size(batches[0][0], objective.batch_dim))
+    most = min(most, unsplit.cutting.size(*batches[0]))
     for number in range(1, most + 1):
-        batch, step = _first_samples(objective, batches[0], number), len(batches) + number - 1
+        batch, step = unsplit.first(batches[0], number), len(batches) + number - 1
         if unsplit.refuses(batch):
             break
         if not all(check.passed for check in _single_step(pipeline, unsplit, batch, step, "", order)):
@@ -140,23 +137,24 @@ def _training(
 def _without_training(pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batch: Batch) -> Iterator[Check]:
     """Compares evaluation and prediction with the trained weights."""
     yield compare_values("evaluate", [pipeline.evaluate([batch]).loss], [unsplit.evaluate(batch)])
-    size = batch_size(batch[0], objective.batch_dim)
-    pieces = split_batch(batch[0], [1] * size, objective.batch_dim)[:4]
-    yield compare_outputs("predict", [pipeline.predict(piece) for piece in pieces], unsplit.predict(pieces))
+    size = unsplit.cutting.size(*batch)
+    pieces = [microbatch.inputs for microbatch in unsplit.cutting.cut((batch[0], None), size)[:4]]
+    expected = unsplit.predict(pieces)
+    if objective.join is not None:
+        expected = [objective.join([output]) for output in expected]
+    yield compare_outputs("predict", [pipeline.predict(piece) for piece in pieces], expected)
 
 
-def _cut(
-    unsplit: Unsplit, objective: Objective, batch: Batch, most: int, steps: int
-) -> tuple[list[Batch], tuple[str, ...]]:
+def _cut(unsplit: Unsplit, batch: Batch, most: int, steps: int) -> tuple[list[Batch], tuple[str, ...]]:
     """Returns batches: full ones, ones whose micro-batches are of two sizes, and ones with fewer samples than these.
 
     Sizes on which the unsplit model itself fails are left out, with a note.
     """
-    size = batch_size(batch[0], objective.batch_dim)
+    size = unsplit.cutting.size(*batch)
     notes = []
     kept = [batch]
     for number in dict.fromkeys((max(1, size - 1), max(1, min(size, most) - 1))):
-        first = _first_samples(objective, batch, number)
+        first = unsplit.first(batch, number)
         if reason := unsplit.refuses(first):
             notes.append(
                 f"batches of {number} samples were left out: the unsplit model cannot train on them in "
@@ -165,13 +163,6 @@ def _cut(
         else:
             kept.append(first)
     return [kept[step % len(kept)] for step in range(steps)], tuple(notes)
-
-
-def _first_samples(objective: Objective, batch: Batch, number: int) -> Batch:
-    size = batch_size(batch[0], objective.batch_dim)
-    sizes = [number, size - number] if number < size else [size]
-    inputs, targets = (split_batch(part, sizes, objective.batch_dim)[0] for part in batch)
-    return inputs, targets
 
 
 def _tied_notes(plan: Plan) -> Iterator[str]:

@@ -131,17 +131,17 @@ def task_of(config: DictConfig) -> Task:
 
 def _objective(config: DictConfig) -> tuple[Objective, Any]:
     """Returns the model with its loss, and the example batch that comes with it."""
-    init, weights = config.pipeline.init, config.pipeline.weights
+    init, weights, shared = config.pipeline.init, config.pipeline.weights, tuple(config.pipeline.shared)
     if init is None and weights is None:
         model, example, loss = make(config.model, "model")
-        return Objective(model, loss), example
+        return Objective(model, loss, shared=shared), example
 
     def factory() -> nn.Module:
         found: nn.Module = make(config.model, "model")[0]
         return found
 
     _, example, loss = construct(lambda: make(config.model, "model"), config.training.seed)
-    return Objective(factory, loss, init=init, weights=weights), example
+    return Objective(factory, loss, init=init, weights=weights, shared=shared), example
 
 
 def model_name(config: DictConfig) -> str:

@@ -16,17 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.capture import trees
-from modelpar.capture.objective import (
-    Batch,
-    LossResult,
-    Objective,
-    batch_size,
-    in_mode,
-    loss_of,
-    microbatch_sizes,
-    run,
-    split_batch,
-)
+from modelpar.capture.microbatch import Cutting, Microbatch
+from modelpar.capture.objective import Batch, LossResult, Objective, in_mode, loss_of, run
 from modelpar.errors import describe
 from modelpar.planning.plan import Plan
 from modelpar.run.rng import random_key
@@ -38,6 +29,7 @@ class Unsplit:
 
     def __init__(self, objective: Objective, model: nn.Module, plan: Plan, seed: int):
         self._objective, self._plan, self._seed = objective, plan, seed
+        self.cutting = Cutting.of(objective, plan.batch)
         self._device = torch.device(plan.cluster.devices[-1])
         values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
         computed = {id(value): value.detach().clone() for value in values}  # by hooks, which will do so again
@@ -65,6 +57,11 @@ class Unsplit:
         """Returns the buffers that are in the state dict."""
         known = self._model.state_dict()
         return {name: buffer for name, buffer in self._model.named_buffers() if name in known}
+
+    def first(self, batch: Batch, number: int) -> Batch:
+        """Returns a batch of the first samples of another one."""
+        inputs, targets, _ = self.cutting.first(batch, number)
+        return inputs, targets
 
     def gradients(self, batch: Batch, step: int) -> tuple[float, dict[str, Tensor]]:
         """Returns the loss, and the gradient of each parameter that is trained: 0 where there is none."""
@@ -105,7 +102,7 @@ class Unsplit:
     def evaluate(self, batch: Batch) -> float:
         """Returns the loss in eval mode, summed over micro-batches."""
         with torch.no_grad(), in_mode(self._model, "evaluate"):
-            parts = [self._loss(piece, size) for piece, size in self._microbatches(batch)]
+            parts = [self._loss(microbatch) for microbatch in self._microbatches(batch)]
         total = parts[0].total
         for part in parts[1:]:
             total = total + part.total
@@ -126,7 +123,7 @@ class Unsplit:
                 "GroupNorm, or fewer and larger micro-batches"
             )
         with torch.no_grad(), in_mode(self._model, "evaluate"):
-            whole = self._loss(batch, batch_size(batch[0], self._objective.batch_dim))
+            whole = self._loss(self.cutting.first(batch, self.cutting.size(*batch)))
         parts, full = self.evaluate(batch), float(whole.total) / whole.count
         if abs(parts - full) > 1e-4 * max(abs(full), 1e-8):
             yield (
@@ -136,25 +133,22 @@ class Unsplit:
                 "LossResult(total=sum, count=number of tokens)"
             )
 
-    def _loss(self, batch: Batch, num_samples: int) -> LossResult:
-        inputs, targets = map(self._moved, batch)
-        return loss_of(self._objective.loss, run(self._model, inputs), targets, num_samples)
+    def _loss(self, microbatch: Microbatch) -> LossResult:
+        inputs, targets = map(self._moved, microbatch[:2])
+        return loss_of(self._objective.loss, run(self._model, inputs), targets, microbatch.size)
 
     def _moved(self, tree: Any) -> Any:
         return trees.map_tensors(lambda tensor: tensor.to(self._device), tree)
 
-    def _microbatches(self, batch: Batch) -> list[tuple[Batch, int]]:
-        dim = self._objective.batch_dim
-        sizes = microbatch_sizes(batch_size(batch[0], dim), self._plan.num_microbatches)
-        inputs, targets = (split_batch(part, sizes, dim) for part in batch)
-        return [((inputs[i], targets[i]), size) for i, size in enumerate(sizes)]
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
+        return self.cutting.cut(batch, self._plan.num_microbatches)
 
     def _backward(self, batch: Batch, step: int) -> float:
         """Leaves the gradients of the mean loss in the parameters; returns that loss."""
         total, count = None, 0.0
-        for i, (piece, size) in enumerate(self._microbatches(batch)):
+        for i, microbatch in enumerate(self._microbatches(batch)):
             with _keyed(self._model, self._draws, self._seed, step, i):
-                part = self._loss(piece, size)
+                part = self._loss(microbatch)
             if part.count and part.total.requires_grad:
                 part.total.backward()  # type: ignore[no-untyped-call]
             total = part.total.detach() if total is None else total + part.total.detach()

@@ -8,24 +8,26 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from modelpar.capture import trees
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
-from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
+from modelpar.capture.guards import hold, watch
+from modelpar.capture.microbatch import Cutting, leaf_names
+from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
 from modelpar.capture.origins import Earlier
 from modelpar.capture.pruning import pruned
 from modelpar.capture.reads import Endless, Trial, settle
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
+from modelpar.capture.sameness import check_same
 from modelpar.capture.survey import Grain, choose_leaves, outermost
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
 from modelpar.capture.untouched import untouched
 from modelpar.capture.watch import generator_states, has_drawn
-from modelpar.errors import CaptureError, describe
+from modelpar.errors import CaptureError, ConfigError, describe
 from modelpar.planning.graph import ModelGraph
 
 
@@ -44,8 +46,13 @@ def capture(
     *,
     num_ranks: int = 2,
     grain: Grain | None = None,
+    num_samples: int | None = None,
+    other: Batch | None = None,
 ) -> Captured:
     """Returns the recording and the graph of an objective's model, from real forwards of a micro-batch.
+
+    `num_samples` is how many it has; by default what is read off its inputs. On an `other` micro-batch, where one is
+    given, the model must do the same, unless shapes or guards differ.
 
     Parameters, buffers, gradients and random generators are as before afterwards.
 
@@ -66,7 +73,7 @@ def capture(
             num_ranks,
             grain,
         )
-    recording = record(objective, microbatch, model, leaves)
+    recording = record(objective, microbatch, model, leaves, num_samples=num_samples, other=other)
     return Captured(recording, build_graph(recording, model, grain.keep_together))
 
 
@@ -78,6 +85,8 @@ def record(
     mode: str = "train",
     *,
     may_close: bool = True,
+    num_samples: int | None = None,
+    other: Batch | None = None,
 ) -> Recording:
     """Returns what a forward, and the loss, of a micro-batch do; "evaluate" and "predict" run in eval mode.
 
@@ -86,6 +95,7 @@ def record(
     """
     retried = final = False
     earlier = Earlier()
+    num_samples = num_samples or _samples(objective, microbatch)
     with (
         untouched(model) as before,
         streamed(model),
@@ -99,18 +109,25 @@ def record(
             earlier.forward_begins(final=final)
             try:
                 tape = Tape(model, leaves, earlier)
-                recording, output, targets = _record(objective, microbatch, tape, model, mode)
+                recording, output, targets = _record(objective, microbatch, tape, model, mode, num_samples)
                 most = 10 * len(recording.nodes) + 1000
 
                 def again(trial: Trial, leaves: frozenset[str] = leaves, most: int = most) -> Recording:
                     before.restore()
                     earlier.forward_begins(final=False)
-                    return _record(objective, microbatch, Tape(model, leaves, earlier, trial, most), model, mode)[0]
+                    tape = Tape(model, leaves, earlier, trial, most)
+                    return _record(objective, microbatch, tape, model, mode, num_samples)[0]
 
-                if not earlier.unsure:
-                    recording = settle(recording, again)
-                    break
-                final = True
+                if earlier.unsure:
+                    final = True
+                    continue
+                recording = settle(recording, again)
+                if other is not None and _holds_for(recording, objective, model, other):
+                    before.restore()
+                    earlier.forward_begins(final=False)
+                    tape = Tape(model, leaves, earlier)
+                    check_same(recording, _record(objective, other, tape, model, mode, num_samples)[0])
+                break
             except Trap as trap:
                 final = False
                 if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
@@ -140,6 +157,13 @@ def record(
     return recording
 
 
+def _holds_for(recording: Recording, objective: Objective, model: nn.Module, microbatch: Batch) -> bool:
+    """Tells whether a recording is to be replayed for a micro-batch."""
+    inputs, targets = microbatch
+    made_for = signature("train", inputs, targets if objective.loss is not None else None, recording.is_straight(model))
+    return made_for == recording.signature and hold(watch(recording, model), microbatch)
+
+
 def _like(model: nn.Module, name: str) -> list[str]:
     """Returns a module and the others of its class; of torch's own containers only those beside it."""
     kind, place = type(model.get_submodule(name)), name.rpartition(".")[0]
@@ -148,7 +172,7 @@ def _like(model: nn.Module, name: str) -> list[str]:
 
 
 def _record(
-    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str
+    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str, num_samples: int
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
     takes_targets = objective.loss is not None and mode != "predict"
@@ -164,11 +188,18 @@ def _record(
             raise CaptureError(f"{tape.failure(error)}: {describe(error)}") from error
 
     batch = leaf_names(inputs, targets if takes_targets else None)
-    samples = batch_size(inputs, objective.batch_dim)
     finish = partial(_counting, objective, mode)
-    recording, output = tape.record(forward, batch, samples, finish, targets if takes_targets else None)
+    recording, output = tape.record(forward, batch, num_samples, finish, targets if takes_targets else None)
     made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
     return replace(recording, signature=made_for), output, targets
+
+
+def _samples(objective: Objective, microbatch: Batch) -> int:
+    """Returns how many samples a micro-batch has, as far as its inputs tell."""
+    try:
+        return 1 if objective.cut else Cutting.of(objective).size(*microbatch)
+    except ConfigError:
+        return 1
 
 
 def _counting(objective: Objective, mode: str, output: Any) -> Any:
@@ -179,23 +210,6 @@ def _counting(objective: Objective, mode: str, output: Any) -> Any:
     if not isinstance(loss, Tensor) or loss.dim():
         _loss(objective, output, None, 1)  # says what is wrong
     return loss
-
-
-def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
-    """Returns the tensors of a batch by name: "inputs" or "inputs.<key>", and likewise of targets."""
-    found: dict[str, Tensor] = {}
-    for name, tree in (("inputs", inputs), ("targets", targets)):
-        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, Tensor):
-                found[".".join([name, *(str(_key(key)) for key in path)])] = leaf
-    return found
-
-
-def _key(key: Any) -> Any:
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            return getattr(key, name)
-    return key
 
 
 def _replay(recording: Recording, model: nn.Module, microbatch: Batch) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,13 +10,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
 from modelpar.capture.deferred import deferred_in
 from modelpar.capture.factory import construct
+from modelpar.capture.microbatch import batch_size, microbatch_sizes, split_batch
 from modelpar.capture.recipe import Drawn
 from modelpar.capture.weights import read_from
 from modelpar.errors import CaptureError, ConfigError
+
+__all__ = ["Batch", "LossResult", "Objective", "batch_size", "microbatch_sizes", "split_batch"]
 
 Batch = tuple[Any, Any]
 """(inputs, targets): inputs a tensor, a tuple (positional arguments) or a dict (keywords); targets any pytree."""
@@ -45,7 +47,15 @@ class Objective:
     model: nn.Module | Callable[[], nn.Module]
     loss: Callable[[Any, Any], Tensor | LossResult] | None = None
     batch_dim: int = field(default=0, kw_only=True)
-    """The dimension of inputs and targets that counts samples."""
+    """The dimension of tensors in inputs and targets that counts samples."""
+    shared: Sequence[str | int] = field(default=(), kw_only=True)
+    """Inputs and targets that every micro-batch gets whole: a dict's key, an argument's place (0 is the first), or a
+    full name such as "inputs.1.mask" or "targets.weights"."""
+    cut: Callable[[Any, Any, int], Any] | None = field(default=None, kw_only=True)
+    """`cut(inputs, targets, num_microbatches)` returns the micro-batches of a batch that is cut in a way of its own, at
+    most so many: a list of (inputs, targets, number of samples). `predict` gives it None as targets."""
+    join: Callable[[list[Any]], Any] | None = field(default=None, kw_only=True)
+    """`join(outputs)` returns what `predict` does, from the outputs of the micro-batches."""
     init: str | None = field(default=None, kw_only=True)
     """"meta": nobody holds the whole model; parameters are made where they are needed, see `capture/factory.py`."""
     weights: str | Path | None = field(default=None, kw_only=True)
@@ -53,6 +63,8 @@ class Objective:
 
     def __post_init__(self) -> None:
         """Raises ConfigError for options that do not fit the model."""
+        one = isinstance(self.shared, (str, int))
+        object.__setattr__(self, "shared", (self.shared,) if one else tuple(self.shared))  # type: ignore[arg-type]
         if self.init not in (None, "meta"):
             raise ConfigError(f"init is {self.init!r}; expected None or 'meta'")
         if isinstance(self.model, nn.Module) and (self.init or self.weights):
@@ -130,60 +142,20 @@ def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
 def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, num_samples: int) -> LossResult:
     """Returns the loss of one micro-batch as a sum and a count; a plain scalar mean counts samples.
 
+    A sum is in float32 at least, whatever the loss is in, so that sums over micro-batches are right to the last digits.
     Raises CaptureError where the loss is not a scalar tensor.
     """
     found = loss(output, targets) if loss is not None else own_loss(output)
     if isinstance(found, LossResult):
         count = found.count.item() if isinstance(found.count, Tensor) else found.count
         metrics = {name: float(value) for name, value in found.metrics.items()}
-        found = found._replace(count=count, metrics=metrics)
+        found = found._replace(total=_summable(found.total), count=count, metrics=metrics)
         if not isinstance(found.total, Tensor) or found.total.dim():
             raise CaptureError(f"LossResult.total is {_describe(found.total)}; expected a scalar tensor")
         return found
     if not isinstance(found, Tensor) or found.dim():
         raise CaptureError(f"the loss is {_describe(found)}; expected a scalar tensor, the mean over samples")
-    return LossResult(found * num_samples, num_samples)
-
-
-def batch_size(inputs: Any, batch_dim: int = 0) -> int:
-    """Returns the number of samples: the length of the first tensor in inputs that has the batch dimension."""
-    for leaf in pytree.tree_leaves(inputs):
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim:
-            if leaf.shape[batch_dim] == 0:
-                raise ConfigError(
-                    f"the batch is empty: inputs have shape {list(leaf.shape)}; expected at least 1 sample"
-                )
-            return leaf.shape[batch_dim]
-    raise ConfigError(
-        f"the batch has no tensor with dimension {batch_dim} to cut; expected (inputs, targets) with tensors"
-    )
-
-
-def check_lengths(targets: Any, num_samples: int, batch_dim: int = 0) -> None:
-    """Raises ConfigError where targets have tensors that could be cut, and none has a length like the inputs'."""
-    lengths = [t.shape[batch_dim] for t in pytree.tree_leaves(targets) if isinstance(t, Tensor) and t.dim() > batch_dim]
-    if lengths and num_samples not in lengths:
-        raise ConfigError(f"the batch has {num_samples} inputs and {lengths[0]} targets; expected as many of each")
-
-
-def split_batch(tree: Any, sizes: list[int], batch_dim: int = 0) -> list[Any]:
-    """Cuts a pytree into micro-batches: tensors as long as the batch are split, all other values are repeated."""
-    leaves, spec = pytree.tree_flatten(tree)
-    total = sum(sizes)
-    pieces = [
-        leaf.split(sizes, batch_dim)
-        if isinstance(leaf, Tensor) and leaf.dim() > batch_dim and leaf.shape[batch_dim] == total
-        else [leaf] * len(sizes)
-        for leaf in leaves
-    ]
-    return [pytree.tree_unflatten([piece[i] for piece in pieces], spec) for i in range(len(sizes))]
-
-
-def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
-    """Returns the sizes that `torch.tensor_split` gives; with fewer samples than micro-batches, one sample each."""
-    count = min(num_samples, num_microbatches)
-    base, more = divmod(num_samples, count)
-    return [base + 1] * more + [base] * (count - more)
+    return LossResult(_summable(found) * num_samples, num_samples)
 
 
 def own_loss(output: Any) -> Any:
@@ -195,6 +167,12 @@ def own_loss(output: Any) -> Any:
     if hasattr(output, "loss"):
         return output.loss
     return output[0] if isinstance(output, (tuple, list)) and output else output
+
+
+def _summable(value: Any) -> Any:
+    """Returns a loss of lower precision in float32; its gradient is the same to the bit."""
+    low = isinstance(value, Tensor) and value.is_floating_point() and value.dtype.itemsize < 4
+    return value.float() if low else value
 
 
 def _describe(value: Any) -> str:

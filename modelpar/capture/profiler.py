@@ -24,7 +24,7 @@ from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.deferred import made
 from modelpar.capture.flops import Flops
 from modelpar.capture.graph import Layers
-from modelpar.capture.objective import Batch, Objective, batch_size, loss_of
+from modelpar.capture.objective import Batch, Objective, loss_of
 from modelpar.capture.recording import Node
 from modelpar.capture.replay import Replay
 from modelpar.capture.untouched import untouched
@@ -53,7 +53,7 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
     recording, graph = captured.recording, captured.graph
     layers = Layers(recording)
     bounds = tuple(range(len(graph.layers) + 1))
-    num_samples = batch_size(microbatch[0], objective.batch_dim)
+    num_samples = recording.num_samples
     values: dict[str, Any] = dict(leaf_names(*microbatch))
     costs: list[LayerCost] = []
     keys: list[Any] = []

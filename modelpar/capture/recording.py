@@ -20,6 +20,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -254,10 +255,15 @@ def signature(mode: str, inputs: Any, targets: Any, straight: bool) -> Any:
     and plain values. A `straight` model does the same whatever the shapes."""
     leaves, spec = trees.flatten((inputs, targets))
     described = [
-        (str(leaf.dtype), leaf.dim() if straight else tuple(leaf.shape)) if isinstance(leaf, Tensor) else repr(leaf)
+        (str(leaf.dtype), leaf.dim() if straight else tuple(leaf.shape)) if isinstance(leaf, Tensor) else _plain(leaf)
         for leaf in leaves
     ]
     return mode, repr(spec), tuple(described)
+
+
+def _plain(value: Any) -> Any:
+    """Returns what tells a plain value from others: an array prints only some of its entries."""
+    return (str(value.dtype), value.shape, repr(value.tolist())) if isinstance(value, np.ndarray) else repr(value)
 
 
 @dataclass(frozen=True)

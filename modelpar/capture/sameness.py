@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from modelpar.capture.recording import Node, Recording, Template
+from modelpar.capture.traps import Trap
 
 
 def difference(a: Recording, b: Recording) -> int | None:
@@ -20,6 +21,15 @@ def difference(a: Recording, b: Recording) -> int | None:
         if x is None or y is None or not _same_call(x, y):
             return number
     return None if _same_template(a.output, b.output) else len(a.nodes)
+
+
+def check_same(recording: Recording, other: Recording) -> None:
+    """Raises Trap where another micro-batch, for which a recording should hold, made the code do something else."""
+    number = difference(recording, other)
+    if number is not None:
+        node = recording.nodes[min(number, len(recording.nodes) - 1)]
+        what = "does something else on another micro-batch of the same shapes, depending on what cannot be seen"
+        raise Trap(node.inside, node.line, what)
 
 
 def _same_call(a: Node, b: Node) -> bool:

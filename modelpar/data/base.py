@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Batch = tuple[Any, Any]
-"""(inputs, targets); the leading dimension of every tensor counts samples."""
+"""(inputs, targets); the leading dimension of tensors and arrays counts samples, and so do lists of them."""
 
 
 class Data(Protocol):

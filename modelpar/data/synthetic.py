@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch.utils import _pytree as pytree
 
+from modelpar.capture.microbatch import Cutting
 from modelpar.data.arrays import Arrays, of_arrays
 from modelpar.data.base import Batch, chunks, epoch_generator, spread
 from modelpar.errors import ConfigError
@@ -24,7 +22,8 @@ class Example:
     """Samples drawn with replacement from one batch, so that shapes, dtypes and labels fit any model."""
 
     batch: Batch
-    """(inputs, targets), pytrees; tensors with the batch's leading length are drawn from, other values repeated."""
+    """(inputs, targets), pytrees; what counts samples is drawn from, other values are repeated."""
+    cutting: Cutting
     num_examples: int
     num_samples: int
     """Samples in an epoch."""
@@ -46,13 +45,7 @@ class Example:
             yield self._samples(indices)
 
     def _samples(self, indices: NDArray[np.int64]) -> Batch:
-        index = torch.from_numpy(indices)
-
-        def draw(value: Any) -> Any:
-            return value[index.to(value.device)] if _has_samples(value, self.num_examples) else value
-
-        inputs, targets = pytree.tree_map(draw, self.batch)
-        return inputs, targets
+        return self.cutting.take(self.batch, indices.tolist())
 
 
 def synthetic(
@@ -61,17 +54,19 @@ def synthetic(
     num_samples: int = 4096,
     seed: int = 0,
     example: Batch | None = None,
+    shared: Sequence[str | int] = (),
 ) -> Arrays | Example:
     """Returns samples drawn from an example batch, or, without one, a task that can be learnt.
 
     The task: a fixed random teacher gives every class a centre; inputs, float32 (num_samples, *input_shape), are noise
-    around the centre of their class, an int64 number. A tenth is held out. Raises ConfigError for sizes below 1 and for
+    around the centre of their class, an int64 number. A tenth is held out. `shared` names parts of the example that all
+    samples share. Raises ConfigError for sizes below 1 and for
     an example without a tensor of samples.
     """
     if num_samples < 1:
         raise ConfigError(f"data.num_samples is {num_samples}; expected at least 1")
     if example is not None:
-        return _of_example(example, num_samples)
+        return _of_example(example, num_samples, shared)
     shape = [input_shape] if isinstance(input_shape, int) else list(input_shape)
     if num_classes < 1 or min(shape, default=1) < 1:
         raise ConfigError(f"data.num_classes is {num_classes} and data.input_shape {shape}; expected at least 1")
@@ -83,13 +78,11 @@ def synthetic(
     return of_arrays(inputs, labels, 0.1, "a random teacher")
 
 
-def _of_example(example: Batch, num_samples: int) -> Example:
-    tensors = [leaf for leaf in pytree.tree_leaves(example) if isinstance(leaf, torch.Tensor) and leaf.ndim]
-    if not tensors or not len(tensors[0]):
-        raise ConfigError("the example batch has no tensor with samples; expected one with a leading batch dimension")
-    num = len(tensors[0])
-    return Example(example, num, num_samples, f"{num_samples} samples drawn from the model's example batch of {num}")
-
-
-def _has_samples(value: Any, num: int) -> bool:
-    return isinstance(value, torch.Tensor) and value.ndim > 0 and len(value) == num
+def _of_example(example: Batch, num_samples: int, shared: Sequence[str | int]) -> Example:
+    try:
+        cutting = Cutting(shared=tuple(map(str, shared))).read(example)
+        num = cutting.size(*example)
+    except ConfigError as error:
+        raise ConfigError(f"the example batch cannot be drawn from: {error}") from error
+    what = f"{num_samples} samples drawn from the model's example batch of {num}"
+    return Example(example, cutting, num, num_samples, what)

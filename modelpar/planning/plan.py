@@ -16,6 +16,7 @@ from modelpar.planning.edges import Edge, edges
 from modelpar.planning.graph import ModelGraph, Parameter, StageGraph
 from modelpar.planning.partition import Partition
 from modelpar.planning.profile import Profile
+from modelpar.planning.reading import Reading
 from modelpar.planning.schedule import Action, Op, Schedule
 
 SCHEMA_VERSION = 1
@@ -50,6 +51,10 @@ class Plan:
     tied: str = "fast"
     """"fast" adds the gradients of tied tensors once per step; "exact" per micro-batch, as autograd to the bit."""
     prediction: Prediction | None = None
+    batch: Reading = field(default_factory=Reading)
+    """Which parts of the example batch counted samples; batches are cut as it was."""
+    notes: tuple[str, ...] = ()
+    """What cutting batches changes, whether or not the model is split, a line each."""
     captured: Any = field(default=None, compare=False, repr=False)
     """What the plan was made from, (model or factory, recording), so that nobody has to record it again. Not saved."""
 
@@ -180,6 +185,8 @@ class Plan:
             ],
             "edges": [asdict(edge) for edge in self.edges],
             "schedule": named if named else {"kind": self.schedule.kind, "ranks": self.schedule.lines()},
+            "batch": self.batch.to_json(),
+            "notes": list(self.notes),
             "prediction": None if self.prediction is None else vars(self.prediction),
             "cluster": self.cluster.to_json(),
             "profile": self.profile.to_json(),
@@ -209,6 +216,8 @@ class Plan:
             tied=data["tied"],
             prediction=prediction
             and Prediction(prediction["step_seconds"], prediction["bubble"], tuple(prediction["utilization"])),
+            batch=Reading.from_json(data.get("batch", {})),
+            notes=tuple(data.get("notes", ())),
         )
 
     def save(self, path: str | Path) -> None:

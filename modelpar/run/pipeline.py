@@ -12,19 +12,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modelpar.capture.capture import leaf_names
 from modelpar.capture.cut import cut_stage
 from modelpar.capture.graph import first_names, parameters_of
-from modelpar.capture.objective import (
-    Batch,
-    Objective,
-    batch_size,
-    check_lengths,
-    microbatch_sizes,
-    split_batch,
-)
+from modelpar.capture.microbatch import Cutting, Microbatch, checked_batch, counting_names, join, leaf_names
+from modelpar.capture.objective import Batch, Objective
 from modelpar.errors import ConfigError, ModelparError, NonFiniteLoss, RunError
 from modelpar.planning.graph import BATCH
 from modelpar.planning.plan import Plan
@@ -56,8 +48,7 @@ class _Submitted:
     step: int
     run: int
     tickets: list[tuple[int, int]]
-    batch: Batch
-    sizes: tuple[int, ...]
+    microbatches: list[Microbatch]
 
 
 class Pipeline:
@@ -91,6 +82,9 @@ class Pipeline:
         if workers is not None and workers.num_ranks < plan.num_ranks:
             raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
         self._objective, self._plan = objective, plan
+        self._cutting = Cutting.of(objective, plan.batch)
+        self._counts: dict[str, bool] = {}
+        """Whether a part of the output counts samples, by name, where lengths alone did not tell."""
         self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
         check_settings(self._settings, plan.graph)
         self._given_workers = workers
@@ -177,7 +171,7 @@ class Pipeline:
         total = count = 0.0
         metrics: dict[str, float] = {}
         for batch in batches:
-            _, _, tickets = self._start("evaluate", batch, step=0)
+            _, tickets = self._start("evaluate", self._microbatches(batch), step=0)
             reply = self._merged(tickets)
             total += reply["total"]
             count += reply["count"]
@@ -188,14 +182,46 @@ class Pipeline:
         return EvalResult(total / count, count, {name: value / count for name, value in metrics.items()})
 
     def predict(self, inputs: Any) -> Any:
-        """Returns the output for inputs, in eval mode, on the CPU; tensors are joined along the batch dimension."""
-        run, sizes, tickets = self._start("predict", (inputs, None), step=0)
+        """Returns the output for inputs, in eval mode, on the CPU, as the model gives it for the whole batch.
+
+        What counts samples is joined, all else is returned once; `Objective.join` may do so in another way. Raises
+        ConfigError for what is another in each micro-batch and cannot be joined.
+        """
+        batch = inputs, None
+        microbatches = self._microbatches(batch)
+        outputs, sizes = self._outputs(microbatches), [microbatch.size for microbatch in microbatches]
+        if self._objective.join is not None:
+            return self._objective.join(outputs)
+        return join(outputs, sizes, self._counting(outputs, microbatches, batch), self._objective.batch_dim)
+
+    def _outputs(self, microbatches: list[Microbatch]) -> list[Any]:
+        """Returns what the model gives for each micro-batch."""
+        run, tickets = self._start("predict", microbatches, step=0)
         last = self._plan.num_stages - 1
-        keys = [ValueKey("value", "output", i, last, BATCH) for i in range(len(sizes))]
+        keys = [ValueKey("value", "output", i, last, BATCH) for i in range(len(microbatches))]
         self._merged(tickets)
-        assert self._workers
-        outputs = [wire.unpack(self._workers.wait((run, key)), torch.device("cpu")) for key in keys]
-        return _join(outputs, sizes, self._objective.batch_dim)
+        workers = self._need_workers()
+        return [wire.unpack(workers.wait((run, key)), torch.device("cpu")) for key in keys]
+
+    def _counting(self, outputs: list[Any], microbatches: list[Microbatch], batch: Batch) -> set[str]:
+        """Returns the names of what counts samples in an output: its length follows that of the micro-batch.
+
+        Where all have the same size and a length is that of the micro-batch, the model is run once on another size.
+        """
+        dim, size = self._objective.batch_dim, microbatches[0].size
+        if len(outputs) == 1:
+            return set()
+        for output, microbatch in zip(outputs, microbatches, strict=True):
+            if microbatch.size != size:
+                return counting_names(outputs[0], size, output, microbatch.size, dim)
+        likely = counting_names(outputs[0], size, outputs[1], size, dim)
+        if likely - set(self._counts):
+            more = self._cutting.first(batch, size + 1)
+            found = likely
+            if more.size != size:
+                found = counting_names(outputs[0], size, self._outputs([more])[0], more.size, dim)
+            self._counts |= {name: name in found for name in likely}
+        return {name for name in likely if self._counts[name]}
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns weights and buffers, on the CPU, with the unsplit model's keys in its order; tied ones are one."""
@@ -225,35 +251,29 @@ class Pipeline:
         if self._settings.optimizer is None:
             raise ConfigError("this pipeline has no optimizer; expected Pipeline(..., optimizer=...) to train")
         step = self._step
-        run, sizes, tickets = self._start("train", batch, step, data_wait)
+        microbatches = self._microbatches(batch)
+        run, tickets = self._start("train", microbatches, step, data_wait)
         self._step += 1
-        submitted = _Submitted(step, run, tickets, batch, sizes)
+        submitted = _Submitted(step, run, tickets, microbatches)
         self._under_way.append(submitted)
         return submitted
 
-    def _start(
-        self, mode: str, batch: Batch, step: int, data_wait: float = 0.0
-    ) -> tuple[int, tuple[int, ...], list[tuple[int, int]]]:
-        """Sends a batch's micro-batches to the stages that use them, and tells all ranks to run."""
-        inputs, targets = _checked(batch)
-        dim = self._objective.batch_dim
-        num_samples = batch_size(inputs, dim)
-        check_lengths(targets, num_samples, dim)
+    def _microbatches(self, batch: Batch) -> list[Microbatch]:
         _refuse_autocast()
-        sizes = tuple(microbatch_sizes(num_samples, self._plan.num_microbatches))
-        pieces = split_batch(inputs, list(sizes), dim), split_batch(targets, list(sizes), dim)
-        run, tickets = self._dispatch(RunContext(mode, step, sizes), *pieces, data_wait)
-        return run, sizes, tickets
+        return self._cutting.cut(checked_batch(batch), self._plan.num_microbatches)
 
-    def _dispatch(
-        self, context: RunContext, inputs: list[Any], targets: list[Any], data_wait: float = 0.0
+    def _start(
+        self, mode: str, microbatches: list[Microbatch], step: int, data_wait: float = 0.0, first: int = 0
     ) -> tuple[int, list[tuple[int, int]]]:
-        """Tells all ranks to run micro-batches, and sends these; returns the run's number and the tickets."""
+        """Tells all ranks to run micro-batches, and sends these to the stages that use them.
+
+        Returns the run's number and the tickets.
+        """
         workers = self._need_workers()
-        mode = "train" if context.mode == "locate" else context.mode
-        microbatches = list(zip(inputs, targets, strict=True))
-        variants = [self._variant(mode, microbatch) for microbatch in microbatches]
-        context = context._replace(variants=tuple(variant.number for variant in variants))
+        recorded = "train" if mode == "locate" else mode
+        variants = [self._variant(recorded, microbatch[:2]) for microbatch in microbatches]
+        sizes = tuple(microbatch.size for microbatch in microbatches)
+        context = RunContext(mode, step, sizes, first, tuple(variant.number for variant in variants))
         run = workers.next_number()
         try:
             tickets = [
@@ -261,7 +281,7 @@ class Pipeline:
                 for rank in range(self._plan.num_ranks)
             ]
             for i, (variant, microbatch) in enumerate(zip(variants, microbatches, strict=True)):
-                leaves = leaf_names(*microbatch)
+                leaves = leaf_names(*microbatch[:2])
                 for value in variant.graph.values:
                     if value.producer == BATCH:
                         for stage in value.consumers:
@@ -321,12 +341,8 @@ class Pipeline:
 
     def _explain_nonfinite(self, submitted: _Submitted, wrong: list[int]) -> NonFiniteLoss:
         """Runs the offending micro-batch forward once more, with the same random numbers, looking at every module."""
-        (first, *_), dim = wrong, self._objective.batch_dim
-        sizes = list(submitted.sizes)
-        inputs = split_batch(submitted.batch[0], sizes, dim)[first]
-        targets = split_batch(submitted.batch[1], sizes, dim)[first]
-        context = RunContext("locate", submitted.step, (sizes[first],), first)
-        _, tickets = self._dispatch(context, [inputs], [targets])
+        first, *_ = wrong
+        _, tickets = self._start("locate", [submitted.microbatches[first]], submitted.step, first=first)
         found: dict[int, str] = {}
         for reply in self._need_workers().wait_replies(tickets, step=True):
             found |= reply["nonfinite"]
@@ -373,32 +389,8 @@ class Pipeline:
         return self._need_workers().wait_replies(tickets)
 
 
-def _checked(batch: Any) -> Batch:
-    if not isinstance(batch, (tuple, list)) or len(batch) != 2:
-        raise ConfigError(f"the batch is a {type(batch).__name__}; expected a pair (inputs, targets)")
-    return batch[0], batch[1]
-
-
 def _refuse_autocast() -> None:
     if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
         raise ConfigError(
             "autocast is on around the pipeline, which its ranks would not see; expected it inside the model's forward"
         )
-
-
-def _join(outputs: list[Any], sizes: tuple[int, ...], dim: int) -> Any:
-    """Joins the outputs of micro-batches: tensors as long as their micro-batch along the batch dimension."""
-    flat = [pytree.tree_flatten(output) for output in outputs]
-    spec = flat[0][1]
-    joined = []
-    for leaves in zip(*(leaves for leaves, _ in flat), strict=True):
-        cut = all(
-            isinstance(x, Tensor) and x.dim() > dim and x.shape[dim] == n for x, n in zip(leaves, sizes, strict=True)
-        )
-        if not cut and len(leaves) > 1 and isinstance(leaves[0], Tensor):
-            raise ConfigError(
-                f"an output has shape {list(leaves[0].shape)} for a micro-batch of {sizes[0]}, which cannot be joined; "
-                f"expected dimension {dim} to count samples"
-            )
-        joined.append(torch.cat(leaves, dim).detach() if cut else leaves[0])
-    return pytree.tree_unflatten(joined, spec)

@@ -12,15 +12,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-import torch
 from torch import nn
 
-from modelpar.capture.capture import leaf_names, record
-from modelpar.capture.cut import Routine, cut_guard, cut_routine, skeleton
+from modelpar.capture.capture import record
+from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.graph import Layers, build_graph
+from modelpar.capture.guards import Watched, hold, watch
 from modelpar.capture.objective import Batch, Objective
-from modelpar.capture.recording import Guard, Recording, signature
-from modelpar.capture.replay import Replay
+from modelpar.capture.recording import Recording, signature
 from modelpar.errors import CaptureError
 from modelpar.planning.graph import ModelGraph, StageGraph
 from modelpar.planning.plan import Plan
@@ -35,20 +34,13 @@ class Variant(NamedTuple):
     """One per stage."""
 
 
-class _Watched(NamedTuple):
-    """A guard, and what gives its arguments."""
-
-    guard: Guard
-    replay: Replay
-
-
 class Variants:
     """All recordings of an objective's model so far."""
 
     def __init__(self, objective: Objective, plan: Plan, build: Callable[[], nn.Module]):
         """`build` returns the unsplit model; it is called only when there is something to record."""
         self._objective, self._plan, self._build = objective, plan, build
-        self._known: defaultdict[Any, list[tuple[list[_Watched], Variant]]] = defaultdict(list)
+        self._known: defaultdict[Any, list[tuple[list[Watched], Variant]]] = defaultdict(list)
         self._count = 0
         self._checked = False
         made_from, recording = plan.captured or (None, None)
@@ -59,7 +51,7 @@ class Variants:
         """Returns the variant that a micro-batch replays, if it is known; `mode` is "train", "evaluate" or
         "predict"."""
         known = self._known.get(self._signature(mode, microbatch), [])
-        return next((variant for guards, variant in known if _hold(guards, microbatch)), None)
+        return next((variant for guards, variant in known if hold(guards, microbatch)), None)
 
     def add(self, mode: str, microbatch: Batch) -> Variant:
         """Records what the model does with a micro-batch.
@@ -70,7 +62,7 @@ class Variants:
         model = self._build()
         if self._given is not None and self._given.signature == self._signature(mode, microbatch):
             recording, self._given = self._given, None
-            if _hold(_watched(recording, model), microbatch):
+            if hold(watch(recording, model), microbatch):
                 return self._split(recording, mode, model)
         leaves = frozenset(name for layer in self._plan.graph.layers for name in layer.modules)
         recording = record(self._objective, microbatch, model, leaves, mode, may_close=False)
@@ -90,7 +82,7 @@ class Variants:
             self._check_has(stage, routine, mode)
         variant = Variant(self._count, stages, routines)
         self._count += 1
-        self._known[recording.signature].append((_watched(recording, model), variant))
+        self._known[recording.signature].append((watch(recording, model), variant))
         return variant
 
     def _signature(self, mode: str, microbatch: Batch) -> Any:
@@ -130,26 +122,3 @@ class Variants:
                 "trains as planned; expected a plan made for such a batch, or with the module around it called whole: "
                 f"leaf=[{min(needed).rpartition('.')[0]!r}]"
             )
-
-
-def _watched(recording: Recording, model: nn.Module) -> list[_Watched]:
-    """Returns a recording's guards, ready to be evaluated; of the model they keep only the modules that they call."""
-    found = []
-    for guard in recording.guards:
-        routine = cut_guard(recording, guard)
-        modules = [step.node.name for step in routine.steps if step.node.is_module]
-        found.append(_Watched(guard, Replay(routine, skeleton(model, modules, []))))
-    return found
-
-
-def _hold(guards: list[_Watched], microbatch: Batch) -> bool:
-    """Tells whether guards come out on a micro-batch as they did when they were recorded."""
-    if not guards:
-        return True
-    values = leaf_names(*microbatch)
-    with torch.no_grad():
-        for guard, replay in guards:
-            args, kwargs = replay(values)["output"]
-            if guard.function(*args, **kwargs) != guard.outcome:
-                return False
-    return True
