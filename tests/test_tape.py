@@ -222,22 +222,48 @@ def test_others_of_a_class_that_cannot_be_followed_are_leaves_too():
     assert {"a.block", "b.block"} <= found.recording.leaves
 
 
-def test_a_block_that_draws_itself_is_a_leaf_and_the_models_own_draws_stay_on_one_stage():
-    def drops(self, x):
-        return self.second(F.dropout(self.first(x), 0.5, self.training))
+class Dropping(nn.Module):
+    """An encoder as BART's: it draws in its own forward, between its layers, and asks chance which ones to leave out."""
 
-    found = captured(Around(Layers(drops)), Grain(split_before=("block.second",)))
-    assert "block" in found.recording.leaves
+    def __init__(self, layerdrop=0.0):
+        super().__init__()
+        self.layers, self.layerdrop = nn.ModuleList([nn.Linear(8, 8) for _ in range(4)]), layerdrop
+
+    def forward(self, x):
+        x = F.dropout(x, 0.5, self.training)
+        for layer in self.layers:
+            if not (self.training and torch.rand([]) < self.layerdrop):
+                x = F.dropout(layer(x), 0.1, self.training)
+        return x
+
+
+class Twice(nn.Module):
+    """Calls an encoder twice, and draws in its own forward as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.encoder, self.last = nn.Linear(8, 8), Dropping(), nn.Linear(8, 8)
+
+    def forward(self, x):
+        x = self.encoder(F.dropout(self.first(x), 0.2, self.training))
+        return F.dropout(self.last(self.encoder(x)), 0.2, self.training)
+
+
+def test_code_that_draws_between_layers_draws_the_same_on_any_stages(workers):
+    torch.manual_seed(3)
+    model = Twice()
+    found = captured(model, Grain(split_before=("encoder.layers.0",)))
+    assert [layer.name for layer in found.graph.layers][1:5] == [f"encoder.layers.{i}" for i in range(4)]
+    assert len(found.graph.cuts) == len(found.graph.layers) - 1
+    batches = [batch(8), batch(5)]
+    plan = check_equal(workers, model, F.cross_entropy, batches, num_ranks=4, split_before=["encoder.layers.0"])
+    assert plan.num_stages == 4
+
+
+def test_layers_that_chance_leaves_out_stay_in_one_leaf():
+    found = captured(Around(Dropping(0.3)), Grain(split_before=("block.layers.0",)))
+    assert [layer.name for layer in found.graph.layers] == ["before", "block", "after"]
     assert found.graph.layers[1].draws == ("block",)
-
-    def drops_twice(self, x):
-        x = F.dropout(self.first(x), 0.5, self.training)
-        return F.dropout(self.second(x), 0.5, self.training)
-
-    found = captured(Layers(drops_twice))
-    assert [layer.draws for layer in found.graph.layers] == [("",), ("",)]
-    assert found.graph.cuts == ()
-    assert found.recording.why == ("the model's own forward draws random numbers in both",)
 
 
 def test_what_is_read_of_the_inputs_is_a_guard():
@@ -509,8 +535,15 @@ def test_plain_values_that_a_module_returns_must_stay_the_same():
             x, count = self.counts(self.first(x))
             return self.second(x) * count
 
-    with pytest.raises(StageError, match=r"counts returned \d+ where it returned \d+ when the model was captured"):
+    with pytest.raises(CaptureError, match="does something else on another micro-batch of the same shapes"):
         plan_and_train(Uses())
+    x, y = batch()
+    objective = Objective(Uses(), F.cross_entropy)
+    plan = make_plan(objective, (x[:2].repeat(2, 1), y), num_microbatches=2)  # whose two halves are the same
+    wrong = r"counts returned \d+ where it returned \d+ when the model was captured"
+    with Workers(2, transport="threads") as workers, pytest.raises(StageError, match=wrong):  # noqa: SIM117
+        with Pipeline(objective, plan, workers=workers, optimizer=sgd) as pipeline:
+            pipeline.step((x, y))
 
 
 def test_a_forward_that_depends_on_what_cannot_be_seen_is_refused():

@@ -114,12 +114,16 @@ def cut_stage(
         is_last=stage == stages.num_stages - 1,
         module=module,
         layers=tuple(layer.name for layer in own),
-        draws=tuple(dict.fromkeys(name for layer in own for name in layer.draws)),
+        draws=tuple(dict.fromkeys(name for layer in own for name in layer.draws if _is_within(name, layer.modules))),
         tied=tied,
         copies=tuple(tied[tie.names[0]] for tie in shared if tie.layers[0] != stage),
         first_names={name: first for name in names if (first := known[name]) != name},
         loss=loss if stage == stages.num_stages - 1 else None,
     )
+
+
+def _is_within(name: str, modules: tuple[str, ...]) -> bool:
+    return any(f"{name}.".startswith(f"{module}.") for module in modules)
 
 
 def skeleton(model: nn.Module, modules: list[str], states: list[str]) -> nn.Module:
@@ -179,7 +183,7 @@ def cut_routine(recording: Recording, bounds: tuple[int, ...], stage: int, layer
     for number, node in enumerate(nodes):
         place = "here" if number in numbers else "before" if number < min(numbers, default=0) else "behind"
         calls[place].update(dict(node.calls))
-    draws = frozenset(name for number in ordered for name in nodes[number].draws if name)
+    draws = frozenset(name for number in ordered if nodes[number].is_module for name in nodes[number].draws)
     touched = {ref for number in ordered for ref in nodes[number].touches}
     return Routine(
         steps=_steps(recording, ordered, set(gives.values()) | set(ends)),

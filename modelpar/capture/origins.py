@@ -12,8 +12,8 @@ from modelpar.capture import trees
 from modelpar.capture.recording import Held, Ref, State, Template
 from modelpar.planning.graph import BATCH
 
-INPUT, BUFFER, STATE = 1, 2, 4
-"""What a value depends on, as bits: the batch, buffers, parameters or random numbers or what was written to."""
+INPUT, BUFFER, STATE, CHANCE = 1, 2, 4, 8
+"""What a value depends on, as bits: the batch, buffers, parameters or what was written to, random numbers."""
 
 
 class Inner(NamedTuple):

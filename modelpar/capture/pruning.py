@@ -57,6 +57,7 @@ def pruned(recording: Recording) -> Recording:
             replace(
                 new[n],
                 args=template(new[n].args),
+                after=moved(new[n].after),
                 writes=tuple(map(moved, new[n].writes)),
                 touches=tuple(moved(ref) for ref in new[n].touches if ref.node in order),
             )

@@ -82,5 +82,5 @@ def settle(recording: Recording, again: Callable[[Trial], Recording]) -> Recordi
                 break
             if difference(recording, found) is not None:
                 raise trap
-    nodes = tuple(replace(node, check=i in checks) for i, node in enumerate(recording.nodes))
+    nodes = tuple(replace(node, check=node.check or i in checks) for i, node in enumerate(recording.nodes))
     return replace(recording, nodes=nodes, reads=())

@@ -138,8 +138,6 @@ class Node:
     """Of a module: whether it has checkpoints of its own, so that parts of it run again in backward."""
     check: bool = False
     """Whether it reads a number that must be what it was when recorded, as the code raises an exception otherwise."""
-    number: bool = False
-    """Whether it returns a number."""
     lasting: bool = False
     """Whether it is done although nobody takes what it returns: it hooks into the backward."""
     writes: tuple[Ref | State, ...] = ()
@@ -154,6 +152,10 @@ class Node:
     """FQNs of the modules whose own forward drew random numbers meanwhile."""
     calls: tuple[tuple[str, int], ...] = ()
     """How often each module was called meanwhile, of those that drew anywhere."""
+    own: tuple[str, int] | None = None
+    """Of a function that draws: whose code calls it, by FQN, and in which call of that module."""
+    after: Ref | None = None
+    """Where that code drew before in the same call: the state in which it left the generators, its last value."""
     settings: Settings | None = None
     plain: tuple[Any, ...] = ()
     """The leaves of its output, a placeholder for each tensor: what the code around it may have looked at."""
@@ -209,7 +211,7 @@ class Node:
     @property
     def takes(self) -> tuple[Ref, ...]:
         """All values it depends on."""
-        return (*self.args.refs, *(ref for ref in self.writes if isinstance(ref, Ref)))
+        return (*self.args.refs, *(r for r in self.writes if isinstance(r, Ref)), *([self.after] if self.after else ()))
 
 
 @contextmanager

@@ -15,8 +15,9 @@ from modelpar.capture.cut import Routine, Step
 from modelpar.capture.recording import PLACEHOLDER, Held, Node, Ref, State, Template, as_set
 from modelpar.errors import RunError
 
-Drawing = Callable[[str], AbstractContextManager[None]]
-"""Sets the random generators for code of the model's own forward that draws."""
+Drawing = Callable[[str, int, Any], AbstractContextManager[list[Any]]]
+"""Sets the random generators for code that draws and is no module called whole: whose it is, in which call of that, and
+the state that it left them in before; gives the state in which it leaves them, in a list."""
 
 _CONSTANT, _VALUE, _STATE, _HELD = range(4)
 
@@ -40,6 +41,8 @@ class _Call(NamedTuple):
     """Which leaf of the output goes to which slot; None is the output itself, −1 − k the k-th of `writes`."""
     dropped: tuple[int, ...]
     node: Node
+    after: int | None
+    """The slot with the state in which the code that draws left the generators before."""
     exact: bool
     special: bool
     """Whether something must be set around it, or what modules inside it return is wanted as well."""
@@ -85,7 +88,8 @@ class Replay:
             if call.spec is not None:
                 arguments, keywords = trees.unflatten(arguments, call.spec)
             if call.special:
-                output, leaves = self._in_its_settings(call, drawing, arguments, keywords)
+                before = env[call.after] if call.after is not None else None
+                output, leaves = self._in_its_settings(call, drawing, before, arguments, keywords)
             else:
                 output = call.function(*arguments, **keywords)
                 leaves = [output] if isinstance(output, Tensor) else trees.leaves_of(output)
@@ -110,11 +114,12 @@ class Replay:
             found[name] = value[0] if spec is None else trees.unflatten(value, spec)
         return found
 
-    def _in_its_settings(self, call: _Call, drawing: Drawing | None, arguments: Any, keywords: Any) -> Any:
+    def _in_its_settings(self, call: _Call, drawing: Drawing | None, before: Any, arguments: Any, keywords: Any) -> Any:
         """Makes a call with the generators, grad mode and autocast as they should be; returns it and its leaves."""
-        draws = drawing is not None and "" in call.node.draws
-        with as_set(call.node.settings), drawing("") if drawing and draws else nullcontext():
-            return call.node.call(self._module, arguments, keywords)
+        own = call.node.own
+        with as_set(call.node.settings), drawing(*own, before) if drawing and own else nullcontext([]) as left:
+            output, leaves = call.node.call(self._module, arguments, keywords)
+        return output, [*leaves, tuple(left)] if own else leaves
 
     def _slot(self, ref: Ref) -> int:
         return self._slots.setdefault(ref, len(self._slots))
@@ -142,8 +147,9 @@ class Replay:
             kept=tuple((index, self._slot(Ref(step.number, index))) for index in step.kept),
             dropped=tuple(self._slot(ref) for ref in step.dropped),
             node=node,
+            after=None if node.after is None else self._slot(node.after),
             exact=step.exact,
-            special=bool(node.settings or "" in node.draws or node.inner or node.placed or node.checkpoint),
+            special=bool(node.settings or node.own or node.inner or node.placed or node.checkpoint),
         )
 
 

@@ -21,8 +21,9 @@ from torch.autograd.function import BackwardCFunction
 from torch.utils.checkpoint import CheckpointFunction
 
 from modelpar.capture import attributes, numbers, trees
+from modelpar.capture.chance import always_same
 from modelpar.capture.held import HeldObjects, tensors_in
-from modelpar.capture.origins import BUFFER, STATE, Earlier, Origins, version_of
+from modelpar.capture.origins import BUFFER, CHANCE, STATE, Earlier, Origins, version_of
 from modelpar.capture.placed import Place as PlaceOfWeight
 from modelpar.capture.placed import Places, in_place
 from modelpar.capture.reads import Endless, Trial, other, place_of
@@ -50,6 +51,8 @@ from modelpar.capture.traps import (
 from modelpar.capture.watch import Functions, custom_calls, generator_states, has_drawn, may_draw, module_calls
 from modelpar.planning.graph import BATCH
 
+_MORE = BUFFER | STATE | CHANCE
+"""What is not known before a stage computes."""
 _PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator, range)
 
 
@@ -95,8 +98,12 @@ class Tape:
         """Whether the leaf that is running has checkpoints of its own."""
         self._leaf_calls: Counter[Any] = Counter()
         """How often each leaf was called."""
-        self._last_draw: int | None = None
-        """The last node in which the model's own code drew."""
+        self._entered: Counter[str] = Counter()
+        """How often each module whose code is followed was called."""
+        self._nth = [0]
+        """For each module of the path, which call of it this is."""
+        self._last_draws: dict[tuple[str, int], Ref] = {}
+        """By module and call, the state in which its code left the generators."""
         self.trapped: Trap | None = None
         """The last trap, which the model's code may have caught."""
         self._failed: tuple[Any, list[Tensor]] = "", []
@@ -120,6 +127,7 @@ class Tape:
     ) -> tuple[Recording, Any]:
         """Returns what a forward did, and its output; `batch` are the tensors it takes, `finish` picks what counts of
         its output, `targets` are what the loss takes as well. Raises Trap."""
+        self._batch = tuple(batch.values())
         for i, tensor in enumerate(batch.values()):
             self._origins.note(tensor, Ref(BATCH, i))
         before = attributes.fingerprint(self._followed)
@@ -191,11 +199,13 @@ class Tape:
                 raise self._trap("is called in a checkpoint of the code around it", inside=name)
             self._path.append(name)
             self._hooks.append(_saved_tensors_hook())
+            self._nth.append(self._entered[name])
+            self._entered[name] += 1
             try:
                 return call(*args, **kwargs)
             finally:
-                self._path.pop()
-                self._hooks.pop()
+                for stack in (self._path, self._hooks, self._nth):
+                    stack.pop()
         placed = self._places.others(module, self._origins.is_known)
         with self._functions.away():
             self._calls.clear()
@@ -259,7 +269,7 @@ class Tape:
         if name == "getitem":
             args = args[0], self._with_plain_ends(args[1])
         by = shaped_by(name, args, kwargs)
-        if by and self._origins.flags_of(self._template(by, "")) & (STATE | BUFFER):
+        if by and self._origins.flags_of(self._template(by, "")) & _MORE:
             raise self._trap(f"calls {name}, which returns as many values as the data say")
         return self._one(function, function, args, kwargs, shaped=bool(by))
 
@@ -354,11 +364,11 @@ class Tape:
         if module is None and not written and not any(isinstance(leaf, Tensor) for leaf in found):
             return self._read(target, template, tensors, output, line)
         number, drew = len(self.nodes), has_drawn(states)
-        if drew and module is None:
-            self._draw(number)
+        own = (self._path[-1], self._nth[-1]) if drew and module is None else None
         flags = self._origins.flags_of(template)
-        if drew or (module and _stays_put(module)):
+        if module is not None and (drew or _stays_put(module)):
             flags |= STATE
+        flags |= CHANCE if own else 0
         written = list({id(t): t for t in written}.values())
         changed = [*written, *self._origins.sharing(written)]
         states_changed = self._written_states(written, target, number)
@@ -368,9 +378,16 @@ class Tape:
         flags |= STATE if states_changed else 0
         if module is not None:
             self._leaf_calls[target] += 1
+        plain = [PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in found]
+        needs_grad = [isinstance(t, Tensor) and t.requires_grad for t in found]
+        num_bytes = [t.numel() * t.element_size() if isinstance(t, Tensor) else 0 for t in found]
+        if own:  # the state in which it leaves the generators is its last value
+            plain, needs_grad, num_bytes = [*plain, PLACEHOLDER], [*needs_grad, False], [*num_bytes, states[0].numel()]
         self.nodes.append(
             Node(
                 target=target,
+                own=own,
+                after=self._last_draws.get(own) if own else None,
                 args=template,
                 inside=self._path[-1],
                 line=line,
@@ -383,14 +400,16 @@ class Tape:
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),
                 aliases=len(changed) - len(written),
                 changes=tuple(states_changed),
-                draws=tuple(dict.fromkeys(self._draws[drawn:])),
+                draws=(own[0],) if own else tuple(dict.fromkeys(self._draws[drawn:])),
                 calls=tuple(self._calls.items()) if module else (),
                 settings=settings,
-                plain=tuple(PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in found),
-                needs_grad=tuple(isinstance(t, Tensor) and t.requires_grad for t in found),
-                num_bytes=tuple(t.numel() * t.element_size() if isinstance(t, Tensor) else 0 for t in found),
+                plain=tuple(plain),
+                needs_grad=tuple(needs_grad),
+                num_bytes=tuple(num_bytes),
             )
         )
+        if own:
+            self._last_draws[own] = Ref(number, len(found))
         self._note(number, changed, output, flags)
         zeros = template
         if shaped:
@@ -413,7 +432,7 @@ class Tape:
         for index, leaf in enumerate(trees.leaves_of(output)):
             if isinstance(leaf, Tensor):
                 origins.note(leaf, Ref(number, index))
-        if not flags & STATE:
+        if not flags & (STATE | CHANCE):
             self.nodes[-1] = dataclasses.replace(self.nodes[-1], free=True)
 
     def _written_states(self, written: list[Tensor], target: Any, number: int) -> dict[str, None]:
@@ -540,32 +559,23 @@ class Tape:
         last = max(i for i, hook in enumerate(self._hooks) if hook is self._hooks[0])
         return self._path[last]
 
-    def _draw(self, number: int) -> None:
-        """Notes that code that is followed drew random numbers: only the model's own may, since nobody calls others."""
-        if self._path[-1]:
-            raise self._trap("draws random numbers in its own forward")
-        self._draws.append("")
-        if self._last_draw is not None:
-            self.together.append((self._last_draw, number, "the model's own forward draws random numbers in both"))
-        self._last_draw = number
-
     def _depends_on_more(self, leaf: Any) -> bool:
         """Tells whether a leaf of a template depends on more than the batch."""
-        return bool(self._origins.flags_of(Template((leaf,), trees.flatten(0)[1])) & (STATE | BUFFER))
+        return bool(self._origins.flags_of(Template((leaf,), trees.flatten(0)[1])) & _MORE)
 
     def _read(self, target: Any, template: Template, tensors: list[Tensor], outcome: Any, line: str) -> Any:
         """Notes that the code read something from tensors: fixed, a guard, to be tried, or a trap; returns it."""
         flags = self._origins.flags_of(template)
         if not tensors or flags == 0:
             return outcome
-        if not flags & (STATE | BUFFER):
+        if not flags & _MORE:
             listed = isinstance(outcome, np.ndarray)
             if is_plain(outcome) or listed:
                 function = AsList(target) if listed else target
                 found = outcome.tolist() if listed else copy.deepcopy(outcome)
                 self.guards.append(Guard(function, template, found))
                 return outcome
-        of = "weights" if flags & STATE else "buffers"
+        of = "weights" if flags & STATE else "buffers" if flags & BUFFER else "random numbers"
         if not isinstance(outcome, (bool, int, float, complex)):
             raise self._trap(f"reads a value that depends on {of} ({function_name(target)})")
         if self._most_nodes and len(self.nodes) > self._most_nodes:
@@ -573,15 +583,22 @@ class Tape:
         place = place_of(self._path[-1], line, target)
         if self._tried and self._tried.place == place:
             outcome = other(outcome, self._tried)
-        self.reads.append(Read(len(self.nodes), place, of, outcome))
-        return self._number(target, template, outcome, line)
+        if not flags & (STATE | BUFFER) and isinstance(outcome, bool):
+            if not always_same(target, template, self.nodes, self._batch):
+                raise self._trap(f"reads a value that depends on {of} ({function_name(target)})")
+            check = True
+        else:
+            check = False
+            self.reads.append(Read(len(self.nodes), place, of, outcome))
+        return self._number(target, template, outcome, line, check)
 
-    def _number(self, target: Callable[..., Any], template: Template, value: Any, line: str) -> Any:
+    def _number(
+        self, target: Callable[..., Any], template: Template, value: Any, line: str, check: bool = False
+    ) -> Any:
         """Returns a number as what a node returned."""
         number, inside = len(self.nodes), self._path[-1]
-        self.nodes.append(
-            Node(target, template, inside, line, plain=(value,), needs_grad=(False,), num_bytes=(0,), number=True)
-        )
+        node = Node(target, template, inside, line, plain=(value,), needs_grad=(False,), num_bytes=(0,), check=check)
+        self.nodes.append(node)
         self._origins.flags[number] = STATE
         return numbers.number(value, Ref(number, 0), self._operate)
 

@@ -7,7 +7,7 @@ micro-batch). Neither rank nor stage enters, so the split model draws exactly wh
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from threading import RLock
 from types import MappingProxyType
@@ -47,8 +47,6 @@ class KeyedRandom:
         if device.type == "cuda":
             torch.cuda.init()
             self._generators.append(torch.cuda.default_generators[device.index or 0])
-        self._own_states: list[Tensor] | None = None
-        """Where the model's own forward, of which each stage runs a part, has got to in this micro-batch."""
         self._module, self._names, self._handles = module, frozenset[str](), list[Any]()
         self.attach(frozenset(filter(None, names)))
 
@@ -75,7 +73,6 @@ class KeyedRandom:
         """
         self._step, self._microbatch, self._forward = step, microbatch, True
         self._calls = {name: before for name, (before, _) in calls.items()}
-        self._own_states = None
         try:
             yield
         finally:
@@ -89,21 +86,25 @@ class KeyedRandom:
                 )
 
     @contextmanager
-    def own(self, name: str) -> Iterator[None]:
-        """Lets code of the model's own forward draw, which no hook can see: as one call of the model, in pieces."""
+    def own(self, name: str, call: int, before: Sequence[Tensor] | None) -> Iterator[list[Tensor]]:
+        """Lets code draw that no hook can see: a piece of a module's forward, in one of its calls.
+
+        `before` is the state in which the piece before it left the generators; yields a list for that of this piece.
+        """
+        left: list[Tensor] = []
         with self._lock:
-            before = self.states()
-            if self._own_states is None:
-                key = random_key(self._seed, self._step, self._microbatch, name, 0)
+            outside = self.states()
+            if before:
+                self._set([state.cpu() for state in before])
+            else:
+                key = random_key(self._seed, self._step, self._microbatch, name, call)
                 for generator in self._generators:
                     generator.manual_seed(key)
-            else:
-                self._set(self._own_states)
             try:
-                yield
+                yield left
             finally:
-                self._own_states = self.states()
-                self._set(before)
+                left += self.states()
+                self._set(outside)
 
     def states(self) -> list[Tensor]:
         """Returns the states of the generators."""
