@@ -142,12 +142,16 @@ class Calls:
 
         return Trial(as_first, trees.map_tensors(clone, arguments), settings, generator_states(), template)
 
-    def end(self, number: int, module: nn.Module, before: Fingerprint, trial: Trial | None, output: Any) -> None:
-        """Notes what a call changed, and returned."""
+    def end(
+        self, number: int, module: nn.Module, before: Fingerprint, trial: Trial | None, output: Any
+    ) -> list[tuple[int, str]]:
+        """Notes what a call changed, and returned; returns the former, by id of the module and name."""
         if trial is not None:
             trial.returned(output)
             self._trials.append((number, trial, dict(self._setters(module))))
-        self._set_by |= dict.fromkeys(changed(before, fingerprint(module.modules())), number)
+        found = changed(before, fingerprint(module.modules()))
+        self._set_by |= dict.fromkeys(found, number)
+        return found
 
     def bound(self) -> Iterator[tuple[int, int, str]]:
         """Tries the calls; yields the pairs of which one uses what the other set, and why. After the forward."""

@@ -24,9 +24,11 @@ class Place(NamedTuple):
 
 
 class Places:
-    """Knows which tensors a model's modules held when the forward began."""
+    """Knows which tensors a model's modules held when the forward began, and which modules are called whole."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, leaves: frozenset[str]):
+        self.whole = {name for leaf in leaves for name, _ in model.named_modules() if f"{name}.".startswith(f"{leaf}.")}
+        """FQNs of the leaves and of all modules inside them."""
         self._own = {
             (id(module), place.of, place.name): tensor
             for module in model.modules()

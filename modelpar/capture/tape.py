@@ -48,7 +48,15 @@ from modelpar.capture.traps import (
     code_line,
     is_plain,
 )
-from modelpar.capture.watch import Functions, custom_calls, generator_states, has_drawn, may_draw, module_calls
+from modelpar.capture.watch import (
+    Functions,
+    attribute_sets,
+    custom_calls,
+    generator_states,
+    has_drawn,
+    may_draw,
+    module_calls,
+)
 from modelpar.planning.graph import BATCH
 
 _MORE = BUFFER | STATE | CHANCE
@@ -71,8 +79,10 @@ class Tape:
         given others; see `reads`. Of more nodes than `most_nodes`, if given, the forward is not expected to end."""
         self._modules = {id(module): name for name, module in model.named_modules()}
         self._model, self.leaves = model, leaves
-        self._places = Places(model)
-        self._followed = [m for n, m in model.named_modules() if not any(f"{n}.".startswith(f"{a}.") for a in leaves)]
+        self._places = Places(model, leaves)
+        self._followed = [m for n, m in model.named_modules() if n not in self._places.whole]
+        self._put_back: dict[tuple[int, str], tuple[str, str]] = {}
+        """Attributes of leaves that the code has set to what they were, and where it did."""
         self._earlier = earlier or Earlier()
         self._origins, self._held = Origins(model, self._earlier), HeldObjects()
         self._attributes = attributes.Calls()
@@ -132,7 +142,8 @@ class Tape:
             self._origins.note(tensor, Ref(BATCH, i))
         before = attributes.fingerprint(self._followed)
         try:
-            with module_calls(self._call, self._model), custom_calls(self._custom), self._functions:
+            calls = module_calls(self._call, self._model), custom_calls(self._custom), attribute_sets(self._set)
+            with calls[0], calls[1], calls[2], self._functions:
                 output = forward()
         finally:
             self._done = True
@@ -218,6 +229,22 @@ class Tape:
         values, args = args[: len(placed)], args[len(placed) :]
         with in_place(self._model.get_submodule(name), placed, values):
             return self._call_inside(name, call, *args, **kwargs)
+
+    def _set(self, module: nn.Module, name: str, value: Any) -> None:
+        """Sees to it that the code that is followed sets nothing of a leaf, which no replay would set, but tensors."""
+        path = self._modules.get(id(module))
+        if self._inside or path is None or path not in self._places.whole:
+            return
+        if isinstance(value, Tensor) and self._origins.is_known(value):
+            return
+        now = vars(module).get(name, module)
+        if now is value or (isinstance(value, SCALARS) and type(now) is type(value) and now == value):
+            self._put_back[id(module), name] = self._path[-1], code_line()  # unless a call of the leaf changes it
+            return
+        raise self._sets(name, path, self._path[-1], code_line())
+
+    def _sets(self, name: str, leaf: Any, inside: str, line: str) -> Trap:
+        return self._trap(f"sets the attribute {name!r} of {leaf}, which is called whole", inside, line)
 
     def _call_inside(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
         """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns."""
@@ -417,7 +444,9 @@ class Tape:
         self._shaped.note(target, zeros, tensors, output, makes=shaped)
         self._held.taken(number, template, trial, output)
         if module is not None:
-            self._attributes.end(number, module, before, again, output)
+            for key in self._attributes.end(number, module, before, again, output):
+                if key in self._put_back:
+                    raise self._sets(key[1], target, *self._put_back[key])
         return output
 
     def _note(self, number: int, changed: list[Tensor], output: Any, flags: int) -> None:

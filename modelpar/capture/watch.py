@@ -65,6 +65,24 @@ def module_calls(around: ModuleCall, model: nn.Module | None = None) -> Iterator
 
 
 @contextmanager
+def attribute_sets(before: Callable[[nn.Module, str, Any], None]) -> Iterator[None]:
+    """Has `before` told of every attribute of a module that this thread is about to set."""
+    put, thread = nn.Module.__setattr__, threading.get_ident()
+
+    def patched(module: nn.Module, name: str, value: Any) -> None:
+        if threading.get_ident() == thread:
+            before(module, name, value)
+        put(module, name, value)
+
+    with _PATCHING:
+        nn.Module.__setattr__ = patched  # type: ignore[method-assign, assignment]
+        try:
+            yield
+        finally:
+            nn.Module.__setattr__ = put  # type: ignore[method-assign]
+
+
+@contextmanager
 def custom_calls(around: CustomCall) -> Iterator[None]:
     """Has all custom autograd functions that this thread applies go through `around`, by whatever name it calls them.
 
