@@ -27,7 +27,11 @@ class Places:
     """Knows which tensors a model's modules held when the forward began, and which modules are called whole."""
 
     def __init__(self, model: nn.Module, leaves: frozenset[str]):
-        self.whole = {name for leaf in leaves for name, _ in model.named_modules() if f"{name}.".startswith(f"{leaf}.")}
+        self.whole = {
+            name
+            for name, _ in model.named_modules()
+            if name in leaves or any(name[:i] in leaves for i, letter in enumerate(name) if letter == ".")
+        }
         """FQNs of the leaves and of all modules inside them."""
         self._own = {
             (id(module), place.of, place.name): tensor

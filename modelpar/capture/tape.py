@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.chance import always_same
+from modelpar.capture.foreign import foreign_calls
 from modelpar.capture.held import HeldObjects, tensors_in
 from modelpar.capture.origins import BUFFER, CHANCE, STATE, Earlier, Origins, version_of
 from modelpar.capture.placed import Place as PlaceOfWeight
@@ -143,7 +144,7 @@ class Tape:
         before = attributes.fingerprint(self._followed)
         try:
             calls = module_calls(self._call, self._model), custom_calls(self._custom), attribute_sets(self._set)
-            with calls[0], calls[1], calls[2], self._functions:
+            with calls[0], calls[1], calls[2], foreign_calls(self._foreign, self._origins.is_known), self._functions:
                 output = forward()
         finally:
             self._done = True
@@ -275,6 +276,13 @@ class Tape:
             raise self._trap(f"hands code to {function.__name__}, as reentrant checkpoints do")
         with self._functions.away():
             return self._one(Apply(function), call, args, kwargs)
+
+    def _foreign(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Calls what the mode does not see; see `foreign`."""
+        if self._inside:
+            return function(*args, **kwargs)
+        with self._functions.away():
+            return self._one(function, function, args, kwargs)
 
     def _function(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Calls a torch function of the code that is followed."""
@@ -528,6 +536,8 @@ class Tape:
             raise self._trap(f"hands a {type(leaf).__name__} to a call", line=line)
         if isinstance(leaf, _PLAIN) or callable(leaf):
             return leaf
+        if isinstance(leaf, (np.ndarray, np.generic)):
+            return leaf.copy()
         if isinstance(leaf, slice):
             return leaf
         if (held := self._held.find(leaf)) is not None:
