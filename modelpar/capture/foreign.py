@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import io
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -59,7 +60,9 @@ class Scripted:
 
 
 def _loaded(saved: bytes) -> Scripted:
-    return Scripted(torch.jit.load(io.BytesIO(saved)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of all that scripts
+        return Scripted(torch.jit.load(io.BytesIO(saved)))
 
 
 def from_array(array: np.ndarray[Any, Any]) -> Tensor:

@@ -207,7 +207,7 @@ class Tape:
                 raise self._trap(f"calls a {type(module).__name__} with parameters that is no part of the model")
             return call(*args, **kwargs)
         if name not in self.leaves:
-            if self._in_checkpoint():
+            if _checkpointed(_saved_tensors_hook()) is module:
                 raise self._trap("is called in a checkpoint of the code around it", inside=name)
             self._path.append(name)
             self._hooks.append(_saved_tensors_hook())
@@ -328,11 +328,12 @@ class Tape:
         self.together += [(ref.node, number, "one hooks into the other's backward") for ref in template.refs]
         self.nodes.append(Node(function, template, self._path[-1], code_line(), lasting=True, plain=(None,)))
         self._origins.flags[number] = STATE
-        with self._functions.away():
-            return function(*args, **kwargs)
+        return function(*args, **kwargs)
 
     def _property(self, function: Any, args: Any, kwargs: Any) -> Any:
         name = function.__self__.__name__
+        if tells_shape(name):
+            self._tell_shape(args, kwargs)
         if name in DESCRIBES or name in ("_version", "_grad_fn", "_backward_hooks", "_post_accumulate_grad_hooks"):
             return function(*args, **kwargs)
         if name in ("grad", "_grad"):
@@ -374,7 +375,7 @@ class Tape:
         if torch.is_inference_mode_enabled():
             raise self._trap("computes in inference mode")
         hooked = torch.is_grad_enabled() and _saved_tensors_hook() is not self._hooks[0]
-        if hooked and not (isinstance(target, str) and self._in_checkpoint()):
+        if hooked and not (isinstance(target, str) and self._is_checkpointed(self._model.get_submodule(target))):
             what = "sets hooks for saved tensors, as checkpoints do, around more than a call of a module"
             raise self._trap(what, inside=self._who_hooks())
         template = self._template((args, kwargs), line)
@@ -588,10 +589,12 @@ class Tape:
 
     # what it cannot follow
 
-    def _in_checkpoint(self) -> bool:
-        """Tells whether the code that is followed runs in a checkpoint that recomputes it in backward."""
+    def _is_checkpointed(self, module: nn.Module) -> bool:
+        """Tells whether a module is called in a checkpoint of just that, which recomputes it in backward."""
         hook = _saved_tensors_hook()
-        return hook is not self._hooks[-1] and getattr(hook, "__module__", "") == "torch.utils.checkpoint"
+        if hook is self._hooks[-1]:
+            return False
+        return self._who_hooks() == "" or _checkpointed(hook) is module
 
     def _who_hooks(self) -> str:
         """Returns the module whose code set the first hook for saved tensors."""
@@ -639,6 +642,8 @@ class Tape:
         node = Node(target, template, inside, line, plain=(value,), needs_grad=(False,), num_bytes=(0,), check=check)
         self.nodes.append(node)
         self._origins.flags[number] = STATE
+        if function_name(target) in ("int", "float", "index", "complex"):  # Python wants just these types
+            return value
         return numbers.number(value, Ref(number, 0), self._operate)
 
     def _operate(self, function: Callable[..., Any], operands: tuple[Any, ...]) -> Any:
@@ -658,6 +663,24 @@ def _saved_tensors_hook() -> Any:
     """Returns the innermost hook that packs what autograd saves, if there is one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks else None
+
+
+def _checkpointed(hook: Any) -> nn.Module | None:
+    """Returns the module that a checkpoint calls, by the hook that it has set: directly, or by its `__call__`."""
+    if getattr(hook, "__module__", "") != "torch.utils.checkpoint":
+        return None
+    frame = _captured(hook, "frame")
+    called = _captured(frame.recompute_fn, "fn") if frame is not None else None
+    while isinstance(called, partial):
+        called = called.func
+    called = getattr(called, "__self__", called)
+    return called if isinstance(called, nn.Module) else None
+
+
+def _captured(function: Any, name: str) -> Any:
+    """Returns what a function has captured by a name, if it has."""
+    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
+    return function.__closure__[names.index(name)].cell_contents if name in names else None
 
 
 class AsList(NamedTuple):
