@@ -84,7 +84,7 @@ def record(
     what cannot be followed in the model's own forward raises CaptureError.
     """
     retried = final = False
-    earlier = Earlier()
+    earlier, closed, direct = Earlier(), dict[str, str](), frozenset[str]()
     with (
         untouched(model) as before,
         streamed(model),
@@ -97,7 +97,9 @@ def record(
             before.restore()
             earlier.forward_begins(final=final)
             try:
-                recording, output, targets = _record(objective, microbatch, Tape(model, leaves, earlier), model, mode)
+                recording, output, targets = _record(
+                    objective, microbatch, Tape(model, leaves | direct, earlier), model, mode
+                )
                 if not earlier.unsure:
                     break
                 final = True
@@ -107,16 +109,19 @@ def record(
                     retried = True
                     before.keep_attributes()
                     continue
-                if not trap.module or not may_close:
-                    where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
-                    line = f" ({trap.line})" if trap.line else ""
-                    raise CaptureError(
-                        f"{where} {trap.what}{line}, which cannot be replayed; expected that in a module of its own, "
-                        "which is then called whole"
-                    ) from None
                 kind = type(model.get_submodule(trap.module))
-                closed = {n for n, m in model.named_modules() if type(m) is kind and n} | {trap.module}
-                leaves = outermost(leaves | closed)
+                wider = outermost(leaves | {n for n, m in model.named_modules() if type(m) is kind and n})
+                if not trap.module or not may_close or (wider == leaves and trap.module in direct):
+                    where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
+                    raise CaptureError(
+                        f"{where} {trap}, which cannot be replayed; expected that in a module of its own, which is "
+                        "then called whole"
+                    ) from None
+                closed[trap.module] = f"{trap.module} ({kind.__name__}) {trap}"
+                if wider == leaves:  # a part of what is called whole, called directly
+                    direct |= {trap.module}
+                leaves = wider
+        recording = replace(recording, closed=tuple(closed.values()))
         if objective.loss is not None and mode != "predict":
             states = generator_states()
             _loss(objective, output, targets, recording.num_samples)

@@ -254,6 +254,8 @@ class Recording:
     """What micro-batches must have in common with the one recorded, see `signature`."""
     leaves: frozenset[str] = frozenset()
     """FQNs of the modules that were called whole."""
+    closed: tuple[str, ...] = ()
+    """Which of them had to be, and others of their classes: what their code does that cannot be followed, and where."""
 
     def is_straight(self, model: nn.Module) -> bool:
         """Tells whether the model is an nn.Sequential and this its layers, one after the other."""
