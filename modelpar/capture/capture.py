@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modelpar.capture import trees
+from modelpar.capture.compiled import is_compiled, uncompiled
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
@@ -19,7 +20,7 @@ from modelpar.capture.origins import Earlier
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
-from modelpar.capture.survey import Grain, choose_leaves, outermost
+from modelpar.capture.survey import FINER_THAN, Grain, Survey, choose_leaves, outermost, survey
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
 from modelpar.capture.untouched import untouched
@@ -57,16 +58,47 @@ def capture(
     grain = grain or Grain()
     model = objective.build() if model is None else model
     refuse(model)
-    with untouched(model), streamed(model), torch.inference_mode(False), torch.enable_grad():
-        leaves = choose_leaves(
-            model,
-            lambda: _first_run(objective, model, microbatch),
-            lambda: _evaluate(objective, model, microbatch),
-            num_ranks,
-            grain,
-        )
-    recording = record(objective, microbatch, model, leaves)
-    return Captured(recording, build_graph(recording, model, grain.keep_together))
+    grain.check(model)
+    with (
+        untouched(model) as before,
+        streamed(model),
+        uncompiled(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+
+        def forward(mode: str) -> None:
+            before.restore()
+            with in_mode(model, mode):
+                run(model, _copy(microbatch[0]))
+
+        found = survey(model, partial(forward, "train"), partial(forward, "evaluate"))
+    return _fine_enough(objective, microbatch, model, found, num_ranks, grain)
+
+
+def _fine_enough(
+    objective: Objective, microbatch: Batch, model: nn.Module, found: Survey, num_ranks: int, grain: Grain
+) -> Captured:
+    """Returns a recording with as many cuts as the ranks need: where there are too few, more modules are looked into,
+    as long as that helps."""
+    best, leaves = None, frozenset[str]()
+    for finer_than in (FINER_THAN, FINER_THAN / 8, 0.0):
+        before, leaves = leaves, choose_leaves(model, found, num_ranks, grain, finer_than)
+        if best is not None and leaves == before:
+            continue
+        try:
+            recording = record(objective, microbatch, model, leaves)
+            graph = build_graph(recording, model, grain.keep_together)
+        except CaptureError:
+            if best is None:
+                raise
+            break
+        if best is None or len(graph.cuts) > len(best.graph.cuts):
+            best = Captured(recording, graph)
+        if len(graph.cuts) >= num_ranks - 1:
+            break
+    assert best is not None
+    return best
 
 
 def record(
@@ -88,6 +120,7 @@ def record(
     with (
         untouched(model) as before,
         streamed(model),
+        uncompiled(model),
         in_mode(model, mode),
         torch.inference_mode(False),
         torch.set_grad_enabled(mode == "train"),
@@ -221,6 +254,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def refuse(model: nn.Module) -> None:
     """Raises CaptureError for what a stage in another process would lose."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is scripted as a whole, so that nothing in it can be cut; expected the module that was given to "
+            "torch.jit, of which parts may be scripted"
+        )
+    if is_compiled(model):
+        raise CaptureError(
+            "the model is compiled as a whole, and nobody calls it whole; expected the module that was given to "
+            "torch.compile, of which parts may be compiled: for block in model.blocks: block.compile()"
+        )
     if type(model).forward is nn.Sequential.forward and not len(model._modules):
         raise CaptureError("the model is an empty nn.Sequential; expected at least one layer")
     for name, parameter in model.named_parameters():
@@ -233,22 +276,6 @@ def refuse(model: nn.Module) -> None:
             f"the model itself, a {type(model).__name__}, has a hook, and nobody calls it whole; expected hooks on the "
             "modules inside it"
         )
-
-
-def _first_run(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
-    """Runs the forward once."""
-    inputs = _copy(microbatch[0])
-    try:
-        run(model, inputs)
-    except Exception as error:
-        shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(inputs)) or "no tensors"
-        raise CaptureError(f"the model failed on the example batch, inputs {shapes}: {describe(error)}") from error
-
-
-def _evaluate(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
-    """Runs the forward once in eval mode."""
-    with in_mode(model, "evaluate"):
-        _first_run(objective, model, microbatch)
 
 
 def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from modelpar.capture import trees
+from modelpar.capture.compiled import is_compiled
 from modelpar.capture.held import HeldObjects, tensors_in
 from modelpar.capture.origins import BUFFER, STATE, Earlier, Origins, version_of
 from modelpar.capture.recording import (
@@ -154,7 +155,12 @@ class Tape:
             return self._one(name, partial(self._call_inside, name, call), args, kwargs)
 
     def _call_inside(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns."""
+        """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns.
+
+        A compiled one draws as a whole: what is inside it is not called.
+        """
+        if self._calling and is_compiled(self._model.get_submodule(self._calling[-1][0])):
+            return call(*args, **kwargs)
         self._note_draws()
         self._calling.append((name, generator_states()))
         try:
@@ -226,7 +232,7 @@ class Tape:
         tensors = trees.tensors_of((args, kwargs))
         module = self._model.get_submodule(target) if isinstance(target, str) else None
         versions = [version_of(t) for t in tensors]
-        buffers = [(b, b._version) for b in module.buffers()] if module else []
+        buffers = [(b, b._version) for b in module.buffers()] if module is not None else []
         settings, states, drawn = self._settings(), generator_states(), len(self._draws)
         trial = self._held.trial(call, template, settings, args, kwargs)
         try:
@@ -244,7 +250,7 @@ class Tape:
         if drew and module is None:
             self._draw(number)
         flags = self._origins.flags_of(template)
-        if drew or (module and _stays_put(module)):
+        if drew or (module is not None and _stays_put(module)):
             flags |= STATE
         written = list({id(t): t for t in written}.values())
         changed = [*written, *self._origins.sharing(written)]
@@ -259,14 +265,14 @@ class Tape:
                 args=template,
                 inside=self._path[-1],
                 line=line,
-                nth=self._leaf_calls[target] if module else 1,
+                nth=self._leaf_calls[target] if module is not None else 1,
                 writes=tuple(self._leaf_of(t, line) for t in changed),
                 touches=tuple(ref for t in changed for ref in self._origins.places(t)),
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),
                 aliases=len(changed) - len(written),
                 changes=tuple(states_changed),
                 draws=tuple(dict.fromkeys(self._draws[drawn:])),
-                calls=tuple(self._calls.items()) if module else (),
+                calls=tuple(self._calls.items()) if module is not None else (),
                 settings=settings,
                 plain=tuple(PLACEHOLDER if isinstance(leaf, Tensor) else leaf for leaf in found),
                 needs_grad=tuple(isinstance(t, Tensor) and t.requires_grad for t in found),

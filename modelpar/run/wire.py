@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from modelpar.capture.compiled import compiler_of, with_call_compiled
 from modelpar.errors import CaptureError
-from modelpar.run import layout
+from modelpar.run import layout, scripted
 from modelpar.run.cuda import HandedOver, Shared
 
 
@@ -175,6 +176,11 @@ class _Pickler(cloudpickle.Pickler):
         if isinstance(obj, nn.Module) and parametrize.is_parametrized(obj):
             (kind,) = type(obj).__bases__  # what it was before torch gave it a class of its own
             return _parametrized, (kind, tuple(obj.parametrizations), vars(obj))
+        if isinstance(obj, torch.jit.ScriptModule):
+            return scripted.restored, scripted.parts(obj)
+        if isinstance(obj, nn.Module) and (compiler := compiler_of(obj)) is not None:
+            make, args, state, *_ = obj.__reduce_ex__(2)
+            return make, args, (state, compiler), None, None, with_call_compiled
         if isinstance(obj, ContextVar):  # as no context has set it
             try:
                 return _context_variable, (obj.name, Context().run(obj.get))
