@@ -155,6 +155,7 @@ def record(
                     direct |= {trap.module}
                 leaves = wider
         recording = replace(recording, closed=tuple(closed.values()))
+        _refuse_draws(recording, model)
         if objective.loss is not None and mode != "predict":
             states = generator_states()
             _loss(objective, output, targets, recording.num_samples)
@@ -276,6 +277,16 @@ def refuse(model: nn.Module) -> None:
             f"the model itself, a {type(model).__name__}, has a hook, and nobody calls it whole; expected hooks on the "
             "modules inside it"
         )
+
+
+def _refuse_draws(recording: Recording, model: nn.Module) -> None:
+    """Raises CaptureError where a module draws to which no keys of random numbers can be given."""
+    for name in {name for node in recording.nodes for name in node.draws if name}:
+        if isinstance(model.get_submodule(name), torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name} is scripted and draws random numbers, which would depend on the split; expected what draws, "
+                "such as dropout, outside of scripted modules"
+            )
 
 
 def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:
