@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,6 +19,7 @@ from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.objective import Batch, Objective, batch_size, in_mode, loss_of, own_loss, run
 from modelpar.capture.origins import Earlier
+from modelpar.capture.outside import foreign, other_generators, refuse_draws, refuse_foreign
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
@@ -115,6 +118,8 @@ def record(
     A module whose code cannot be followed is called whole, and so are the others of its class, where they `may_close`;
     what cannot be followed in the model's own forward raises CaptureError.
     """
+    shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(microbatch[0]))
+    which = "the example batch" if may_close else f"a batch with inputs {shapes}"
     retried = final = False
     earlier, closed, direct = Earlier(), dict[str, str](), frozenset[str]()
     with (
@@ -129,9 +134,10 @@ def record(
         while True:
             before.restore()
             earlier.forward_begins(final=final)
+            others = other_generators()
             try:
                 recording, output, targets = _record(
-                    objective, microbatch, Tape(model, leaves | direct, earlier), model, mode
+                    objective, microbatch, Tape(model, leaves | direct, earlier), model, mode, which
                 )
                 if not earlier.unsure:
                     break
@@ -156,21 +162,20 @@ def record(
                 leaves = wider
         recording = replace(recording, closed=tuple(closed.values()))
         _refuse_draws(recording, model)
-        if objective.loss is not None and mode != "predict":
-            states = generator_states()
-            _loss(objective, output, targets, recording.num_samples)
-            if has_drawn(states):
-                raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
+        if other_generators() != others:
+            refuse_draws("the model's forward", lambda: run(model, _copy(microbatch[0])), model)
         before.keep_attributes()  # code that is followed must not depend on what its last forward left in them
         before.restore()
         plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
+        loss = partial(_loss, objective, targets=targets, num_samples=recording.num_samples, which=which)
+        _check_loss(objective, mode, model, (output, plain), loss)
         before.restore()
         _check_same(_replay(recording, model, microbatch), plain)
     return recording
 
 
 def _record(
-    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str
+    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str, which: str
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
     takes_targets = objective.loss is not None and mode != "predict"
@@ -183,7 +188,7 @@ def _record(
         except Exception as error:
             if tape.trapped:  # the model's code made another error of it
                 raise tape.trapped from error
-            raise CaptureError(f"{tape.failure(error)}: {describe(error)}") from error
+            raise CaptureError(f"{tape.failure(which)}: {describe(error)}") from error
 
     batch = leaf_names(inputs, targets if takes_targets else None)
     samples = batch_size(inputs, objective.batch_dim)
@@ -200,7 +205,7 @@ def _counting(objective: Objective, mode: str, output: Any) -> Any:
         return output
     loss = own_loss(output)
     if not isinstance(loss, Tensor) or loss.dim():
-        _loss(objective, output, None, 1)  # says what is wrong
+        loss_of(None, output, None, 1)  # says what is wrong
     return loss
 
 
@@ -289,11 +294,33 @@ def _refuse_draws(recording: Recording, model: nn.Module) -> None:
             )
 
 
-def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:
+def _check_loss(
+    objective: Objective, mode: str, model: nn.Module, outputs: tuple[Any, Any], loss: Callable[[Any], Tensor]
+) -> None:
+    """Raises CaptureError where the loss of a model's outputs fails, draws random numbers, or reaches a parameter that
+    is no part of the model, and where the model itself reaches one.
+
+    What is there in both of two forwards was not made by them: a tensor made to differentiate by is no parameter.
+    """
+    ends: tuple[Any, ...] = outputs
+    if objective.loss is not None and mode != "predict":
+        states, others = generator_states(), other_generators()
+        with untouched(objective.loss) if isinstance(objective.loss, nn.Module) else nullcontext():
+            ends = loss(outputs[0]), loss(outputs[1])
+        if has_drawn(states):
+            raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
+        if other_generators() != others:
+            refuse_draws("the loss", lambda: loss(outputs[0]), model)
+    first, second = (foreign(end, model) for end in ends)
+    for number in first.keys() & second.keys():
+        refuse_foreign(first[number], model, objective.loss, by_loss=number not in foreign(outputs[0], model))
+
+
+def _loss(objective: Objective, output: Any, targets: Any, num_samples: int, which: str) -> Tensor:
     try:
-        loss_of(objective.loss, output, targets, num_samples)
+        return loss_of(objective.loss, output, targets, num_samples).total
     except CaptureError:
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(output)) or "no tensors"
-        raise CaptureError(f"the loss failed on the example batch, outputs {shapes}: {describe(error)}") from error
+        raise CaptureError(f"the loss failed on {which}, outputs {shapes}: {describe(error)}") from error

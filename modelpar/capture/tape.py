@@ -79,14 +79,14 @@ class Tape:
         """The last trap, which the model's code may have caught."""
         self._failed: tuple[Any, list[Tensor]] = "", []
 
-    def failure(self, error: Exception) -> str:
-        """Says which layer, or that the model itself, failed on the batch."""
+    def failure(self, which: str) -> str:
+        """Says which layer, or that the model itself, failed on a batch."""
         name, tensors = self._failed
         if not name:
-            return "the model failed on the example batch"
+            return f"the model failed on {which}"
         shapes = ", ".join(str(list(t.shape)) for t in tensors) or "no tensors"
         kind = type(self._model.get_submodule(name)).__name__
-        return f"layer {name} ({kind}) failed on the example batch, input {shapes}"
+        return f"layer {name} ({kind}) failed on {which}, input {shapes}"
 
     def record(
         self,

@@ -141,7 +141,7 @@ class StageRunner:
 
     def _frozen(self, output: Any) -> Any:
         """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
-        tensors = [of[name] if name in of else None for of, name in self._state]
+        tensors = [of[name] for of, name in self._state if name in of]
         state = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 
         def copy(tensor: Tensor) -> Tensor:
