@@ -144,7 +144,7 @@ def record(
                 final = True
             except Trap as trap:
                 final = False
-                if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
+                if not trap.line and not retried:  # a flag that the first forward sets
                     retried = True
                     before.keep_attributes()
                     continue

@@ -62,8 +62,9 @@ class Survey:
 
     shares: Mapping[str, float]
     """The part of all operations that one call of a module takes, of those that are called."""
-    changing: frozenset[str]
-    """Modules that call others in evaluation than in training: a cut inside would fit one of the two only."""
+    closed: frozenset[str]
+    """Modules that nobody may look into: those that call others in evaluation than in training, since a cut inside
+    would fit one of the two only, and those that have hooks or the like, maybe since their first forward."""
 
 
 def survey(model: nn.Module, forward: Callable[[], Any], evaluate: Callable[[], Any]) -> Survey:
@@ -73,7 +74,8 @@ def survey(model: nn.Module, forward: Callable[[], Any], evaluate: Callable[[], 
     with suppress(CaptureError):  # whoever does not evaluate the model never knows
         _, evaluated = _count(model, evaluate)
     changing = {name for name in inner.keys() & evaluated.keys() if inner[name] != evaluated[name]}
-    return Survey(shares, frozenset(changing))
+    whole = {name for name, module in model.named_modules() if name and not may_open(module)}
+    return Survey(shares, frozenset(changing | whole))
 
 
 def choose_leaves(
@@ -89,7 +91,7 @@ def choose_leaves(
     opened = {""} | {parent for name in matching(model, grain.split_before) for parent in _parents(name)}
     if overlap := forced & opened:
         raise ConfigError(f"leaf names {min(overlap)}, which split_before needs to look into; expected one of the two")
-    closed = {name for name, module in model.named_modules() if name and not may_open(module)} | found.changing | forced
+    closed = found.closed | forced
     part = _part_of_a_rank(model, found.shares, closed, num_ranks)
     if type(model).forward is nn.Sequential.forward and finer_than == FINER_THAN:
         children = {name for name, _ in model.named_children()}
@@ -104,7 +106,7 @@ def choose_leaves(
     return outermost({name for name, _ in model.named_modules() if name not in opened} | forced)
 
 
-def _part_of_a_rank(model: nn.Module, shares: Mapping[str, float], closed: set[str], num_ranks: int) -> float:
+def _part_of_a_rank(model: nn.Module, shares: Mapping[str, float], closed: frozenset[str], num_ranks: int) -> float:
     """Returns the part of all operations that a rank has if they are spread evenly.
 
     What cannot be spread and is larger than that has a rank of its own: the others share what is left.
