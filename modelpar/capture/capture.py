@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.capture import trees
+from modelpar.capture.compiled import is_compiled, uncompiled
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
@@ -17,12 +20,13 @@ from modelpar.capture.guards import hold, watch
 from modelpar.capture.microbatch import Cutting, leaf_names
 from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
 from modelpar.capture.origins import Earlier
+from modelpar.capture.outside import foreign, other_generators, refuse_draws, refuse_foreign
 from modelpar.capture.pruning import pruned
 from modelpar.capture.reads import Endless, Trial, settle
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
 from modelpar.capture.sameness import check_same
-from modelpar.capture.survey import Grain, choose_leaves, outermost
+from modelpar.capture.survey import FINER_THAN, Grain, Survey, choose_leaves, outermost, survey
 from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
 from modelpar.capture.untouched import untouched
@@ -65,16 +69,48 @@ def capture(
     grain = grain or Grain()
     model = objective.build() if model is None else model
     refuse(model)
-    with untouched(model), streamed(model), torch.inference_mode(False), torch.enable_grad():
-        leaves = choose_leaves(
-            model,
-            lambda: _first_run(objective, model, microbatch),
-            lambda: _evaluate(objective, model, microbatch),
-            num_ranks,
-            grain,
-        )
-    recording = record(objective, microbatch, model, leaves, num_samples=num_samples, other=other)
-    return Captured(recording, build_graph(recording, model, grain.keep_together))
+    grain.check(model)
+    with (
+        untouched(model) as before,
+        streamed(model),
+        uncompiled(model),
+        torch.inference_mode(False),
+        torch.enable_grad(),
+    ):
+
+        def forward(mode: str) -> None:
+            before.restore()
+            with in_mode(model, mode):
+                run(model, _copy(microbatch[0]))
+
+        found = survey(model, partial(forward, "train"), partial(forward, "evaluate"))
+    recorded = partial(record, objective, microbatch, model, num_samples=num_samples, other=other)
+    return _fine_enough(recorded, model, found, num_ranks, grain)
+
+
+def _fine_enough(
+    recorded: Callable[[frozenset[str]], Recording], model: nn.Module, found: Survey, num_ranks: int, grain: Grain
+) -> Captured:
+    """Returns a recording with as many cuts as the ranks need: where there are too few, more modules are looked into,
+    as long as that helps."""
+    best, leaves = None, frozenset[str]()
+    for finer_than in (FINER_THAN, FINER_THAN / 8, 0.0):
+        before, leaves = leaves, choose_leaves(model, found, num_ranks, grain, finer_than)
+        if best is not None and leaves == before:
+            continue
+        try:
+            recording = recorded(leaves)
+            graph = build_graph(recording, model, grain.keep_together)
+        except CaptureError:
+            if best is None:
+                raise
+            break
+        if best is None or len(graph.cuts) > len(best.graph.cuts):
+            best = Captured(recording, graph)
+        if len(graph.cuts) >= num_ranks - 1:
+            break
+    assert best is not None
+    return best
 
 
 def record(
@@ -93,12 +129,15 @@ def record(
     A module whose code cannot be followed is called whole, and so are the others of its class, where they `may_close`;
     what cannot be followed in the model's own forward raises CaptureError.
     """
+    shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(microbatch[0]))
+    which = "the example batch" if may_close else f"a batch with inputs {shapes}"
     retried = final = False
-    earlier = Earlier()
+    earlier, closed, direct = Earlier(), dict[str, str](), frozenset[str]()
     num_samples = num_samples or _samples(objective, microbatch)
     with (
         untouched(model) as before,
         streamed(model),
+        uncompiled(model),
         in_mode(model, mode),
         torch.inference_mode(False),
         torch.set_grad_enabled(mode == "train"),
@@ -107,51 +146,53 @@ def record(
         while True:
             before.restore()
             earlier.forward_begins(final=final)
+            others = other_generators()
             try:
-                tape = Tape(model, leaves, earlier)
-                recording, output, targets = _record(objective, microbatch, tape, model, mode, num_samples)
-                most = 10 * len(recording.nodes) + 1000
-
-                def again(trial: Trial, leaves: frozenset[str] = leaves, most: int = most) -> Recording:
-                    before.restore()
-                    earlier.forward_begins(final=False)
-                    tape = Tape(model, leaves, earlier, trial, most)
-                    return _record(objective, microbatch, tape, model, mode, num_samples)[0]
-
+                run_tape = partial(_record, objective, model=model, mode=mode, num_samples=num_samples, which=which)
+                recording, output, targets = run_tape(microbatch, Tape(model, leaves | direct, earlier))
                 if earlier.unsure:
                     final = True
                     continue
+                most = 10 * len(recording.nodes) + 1000
+
+                def again(trial: Trial, whole: frozenset[str] = leaves | direct, most: int = most) -> Recording:
+                    before.restore()
+                    earlier.forward_begins(final=False)
+                    return run_tape(microbatch, Tape(model, whole, earlier, trial, most))[0]
+
                 recording = settle(recording, again)
                 if other is not None and _holds_for(recording, objective, model, other):
                     before.restore()
                     earlier.forward_begins(final=False)
-                    tape = Tape(model, leaves, earlier)
-                    check_same(recording, _record(objective, other, tape, model, mode, num_samples)[0])
+                    check_same(recording, run_tape(other, Tape(model, leaves | direct, earlier))[0])
                 break
             except Trap as trap:
                 final = False
-                if not trap.module and not trap.line and not retried:  # a flag that the first forward sets
+                if not trap.line and not retried:  # a flag that the first forward sets
                     retried = True
                     before.keep_attributes()
                     continue
-                if not trap.module or not may_close:
+                kind = type(model.get_submodule(trap.module))
+                wider = outermost(leaves | set(_like(model, trap.module)))
+                if not trap.module or not may_close or (wider == leaves and trap.module in direct):
                     where = f"the forward of {trap.module}" if trap.module else "the model's own forward"
-                    line = f" ({trap.line})" if trap.line else ""
                     raise CaptureError(
-                        f"{where} {trap.what}{line}, which cannot be replayed; expected that in a module of its own, "
-                        "which is then called whole"
+                        f"{where} {trap}, which cannot be replayed; expected that in a module of its own, which is "
+                        "then called whole"
                     ) from None
-                closed = set(_like(model, trap.module))
-                leaves = outermost(leaves | closed)
-        recording = pruned(recording)
-        if objective.loss is not None and mode != "predict":
-            states = generator_states()
-            _loss(objective, output, targets, recording.num_samples)
-            if has_drawn(states):
-                raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
+                closed[trap.module] = f"{trap.module} ({kind.__name__}) {trap}"
+                if wider == leaves:  # a part of what is called whole, called directly
+                    direct |= {trap.module}
+                leaves = wider
+        recording = replace(pruned(recording), closed=tuple(closed.values()))
+        _refuse_draws(recording, model)
+        if other_generators() != others:
+            refuse_draws("the model's forward", lambda: run(model, _copy(microbatch[0])), model)
         before.keep_attributes()  # code that is followed must not depend on what its last forward left in them
         before.restore()
         plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
+        loss = partial(_loss, objective, targets=targets, num_samples=recording.num_samples, which=which)
+        _check_loss(objective, mode, model, (output, plain), loss)
         before.restore()
         _check_same(_replay(recording, model, microbatch), plain)
     return recording
@@ -172,7 +213,7 @@ def _like(model: nn.Module, name: str) -> list[str]:
 
 
 def _record(
-    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str, num_samples: int
+    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str, num_samples: int, which: str
 ) -> tuple[Recording, Any, Any]:
     inputs, targets = map(_copy, microbatch)
     takes_targets = objective.loss is not None and mode != "predict"
@@ -185,7 +226,7 @@ def _record(
         except Exception as error:
             if tape.trapped:  # the model's code made another error of it
                 raise tape.trapped from error
-            raise CaptureError(f"{tape.failure(error)}: {describe(error)}") from error
+            raise CaptureError(f"{tape.failure(which)}: {describe(error)}") from error
 
     batch = leaf_names(inputs, targets if takes_targets else None)
     finish = partial(_counting, objective, mode)
@@ -208,7 +249,7 @@ def _counting(objective: Objective, mode: str, output: Any) -> Any:
         return output
     loss = own_loss(output)
     if not isinstance(loss, Tensor) or loss.dim():
-        _loss(objective, output, None, 1)  # says what is wrong
+        loss_of(None, output, None, 1)  # says what is wrong
     return loss
 
 
@@ -246,6 +287,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def refuse(model: nn.Module) -> None:
     """Raises CaptureError for what a stage in another process would lose."""
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "the model is scripted as a whole, so that nothing in it can be cut; expected the module that was given to "
+            "torch.jit, of which parts may be scripted"
+        )
+    if is_compiled(model):
+        raise CaptureError(
+            "the model is compiled as a whole, and nobody calls it whole; expected the module that was given to "
+            "torch.compile, of which parts may be compiled: for block in model.blocks: block.compile()"
+        )
     if type(model).forward is nn.Sequential.forward and not len(model._modules):
         raise CaptureError("the model is an empty nn.Sequential; expected at least one layer")
     for name, parameter in model.named_parameters():
@@ -260,27 +311,43 @@ def refuse(model: nn.Module) -> None:
         )
 
 
-def _first_run(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
-    """Runs the forward once."""
-    inputs = _copy(microbatch[0])
+def _refuse_draws(recording: Recording, model: nn.Module) -> None:
+    """Raises CaptureError where a module draws to which no keys of random numbers can be given."""
+    for name in {name for node in recording.nodes for name in node.draws if name}:
+        if isinstance(model.get_submodule(name), torch.jit.ScriptModule):
+            raise CaptureError(
+                f"{name} is scripted and draws random numbers, which would depend on the split; expected what draws, "
+                "such as dropout, outside of scripted modules"
+            )
+
+
+def _check_loss(
+    objective: Objective, mode: str, model: nn.Module, outputs: tuple[Any, Any], loss: Callable[[Any], Tensor]
+) -> None:
+    """Raises CaptureError where the loss of a model's outputs fails, draws random numbers, or reaches a parameter that
+    is no part of the model, and where the model itself reaches one.
+
+    What is there in both of two forwards was not made by them: a tensor made to differentiate by is no parameter.
+    """
+    ends: tuple[Any, ...] = outputs
+    if objective.loss is not None and mode != "predict":
+        states, others = generator_states(), other_generators()
+        with untouched(objective.loss) if isinstance(objective.loss, nn.Module) else nullcontext():
+            ends = loss(outputs[0]), loss(outputs[1])
+        if has_drawn(states):
+            raise CaptureError("the loss draws random numbers; expected only modules of the model to draw")
+        if other_generators() != others:
+            refuse_draws("the loss", lambda: loss(outputs[0]), model)
+    first, second = (foreign(end, model) for end in ends)
+    for number in first.keys() & second.keys():
+        refuse_foreign(first[number], model, objective.loss, by_loss=number not in foreign(outputs[0], model))
+
+
+def _loss(objective: Objective, output: Any, targets: Any, num_samples: int, which: str) -> Tensor:
     try:
-        run(model, inputs)
-    except Exception as error:
-        shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(inputs)) or "no tensors"
-        raise CaptureError(f"the model failed on the example batch, inputs {shapes}: {describe(error)}") from error
-
-
-def _evaluate(objective: Objective, model: nn.Module, microbatch: Batch) -> None:
-    """Runs the forward once in eval mode."""
-    with in_mode(model, "evaluate"):
-        _first_run(objective, model, microbatch)
-
-
-def _loss(objective: Objective, output: Any, targets: Any, num_samples: int) -> None:
-    try:
-        loss_of(objective.loss, output, targets, num_samples)
+        return loss_of(objective.loss, output, targets, num_samples).total
     except CaptureError:
         raise
     except Exception as error:
         shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(output)) or "no tensors"
-        raise CaptureError(f"the loss failed on the example batch, outputs {shapes}: {describe(error)}") from error
+        raise CaptureError(f"the loss failed on {which}, outputs {shapes}: {describe(error)}") from error

@@ -6,9 +6,7 @@ Each becomes one node, as a torch function does. What a function under vmap has 
 from __future__ import annotations
 
 import functools
-import io
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -44,7 +42,7 @@ class Vmapped:
 
 @dataclass(frozen=True, eq=False)
 class Scripted:
-    """A scripted function, which travels as torch saves it."""
+    """A scripted function."""
 
     function: Any
 
@@ -53,16 +51,6 @@ class Scripted:
         if isinstance(self.function, torch._C.ScriptFunction):
             return _call_scripted(self.function, *args, **kwargs)
         return self.function(*args, **kwargs)
-
-    def __reduce__(self) -> Any:
-        """Pickles what torch.jit.save makes of it."""
-        return _loaded, (self.function.save_to_buffer(),)
-
-
-def _loaded(saved: bytes) -> Scripted:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of all that scripts
-        return Scripted(torch.jit.load(io.BytesIO(saved)))
 
 
 def from_array(array: np.ndarray[Any, Any]) -> Tensor:

@@ -148,6 +148,7 @@ def build_graph(recording: Recording, model: nn.Module, keep_together: Sequence[
         tied=_ties(model, states),
         parameters=tuple(name for name, _ in model.named_parameters()),
         straight=recording.is_straight(model),
+        obstacles=(*recording.closed, *dict.fromkeys(recording.why)),
     )
 
 

@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelpar.capture import trees
 from modelpar.capture.capture import Captured, leaf_names
+from modelpar.capture.compiled import uncompiled
 from modelpar.capture.cut import Routine, cut_routine
 from modelpar.capture.deferred import made
 from modelpar.capture.flops import Flops
@@ -58,7 +59,7 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
     costs: list[LayerCost] = []
     keys: list[Any] = []
     known: dict[Any, tuple[LayerCost, list[Any]]] = {}
-    with torch.inference_mode(False), torch.enable_grad(), untouched(model):
+    with torch.inference_mode(False), torch.enable_grad(), uncompiled(model), untouched(model):
         for i, layer in enumerate(graph.layers):
             routine = cut_routine(recording, bounds, i, layers)
             last = i == len(graph.layers) - 1

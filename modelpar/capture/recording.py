@@ -293,6 +293,8 @@ class Recording:
     """FQNs of the modules that were called whole."""
     reads: tuple[Read, ...] = ()
     """Numbers of which it is not settled yet what they change."""
+    closed: tuple[str, ...] = ()
+    """Which of them had to be, and others of their classes: what their code does that cannot be followed, and where."""
 
     def is_straight(self, model: nn.Module) -> bool:
         """Tells whether the model is an nn.Sequential and this its layers, one after the other."""

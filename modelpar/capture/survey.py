@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from modelpar.capture import trees
+from modelpar.capture.compiled import is_compiled
 from modelpar.capture.flops import Flops
 from modelpar.capture.watch import module_calls
-from modelpar.errors import CaptureError, ConfigError
+from modelpar.errors import CaptureError, ConfigError, describe
 
 FINER_THAN = 0.25
 """A module is looked into where it costs more than this share of a rank's part: then the parts can be evened out."""
@@ -54,41 +56,67 @@ def matching(model: nn.Module, patterns: Iterable[str]) -> list[str]:
     ]
 
 
-def choose_leaves(
-    model: nn.Module,
-    forward: Callable[[], Any],
-    evaluate: Callable[[], Any],
-    num_ranks: int,
-    grain: Grain,
-) -> frozenset[str]:
-    """Returns the FQNs of the modules to call whole, after one forward that tells what each costs.
+@dataclass(frozen=True)
+class Survey:
+    """What one forward, and one in evaluation, tell of a model's modules."""
 
-    An nn.Sequential's children are its layers. In any other model a module is looked into as long as it costs more than
-    a quarter of a rank's even share, and calls the same modules when it trains and when it is evaluated: else a cut
-    inside it would fit one of the two only.
+    shares: Mapping[str, float]
+    """The part of all operations that one call of a module takes, of those that are called."""
+    closed: frozenset[str]
+    """Modules that nobody may look into: those that call others in evaluation than in training, since a cut inside
+    would fit one of the two only, and those that have hooks or the like, maybe since their first forward."""
+
+
+def survey(model: nn.Module, forward: Callable[[], Any], evaluate: Callable[[], Any]) -> Survey:
+    """Returns what a forward tells, and one in eval mode if the model can do that."""
+    shares, inner = _count(model, forward)
+    evaluated: dict[str, set[str]] = {}
+    with suppress(CaptureError):  # whoever does not evaluate the model never knows
+        _, evaluated = _count(model, evaluate)
+    changing = {name for name in inner.keys() & evaluated.keys() if inner[name] != evaluated[name]}
+    whole = {name for name, module in model.named_modules() if name and not may_open(module)}
+    return Survey(shares, frozenset(changing | whole))
+
+
+def choose_leaves(
+    model: nn.Module, found: Survey, num_ranks: int, grain: Grain, finer_than: float = FINER_THAN
+) -> frozenset[str]:
+    """Returns the FQNs of the modules to call whole.
+
+    A module is looked into as long as it costs more than `finer_than` of a rank's part. An nn.Sequential's children are
+    its layers unless one costs more than such a part.
     """
     grain.check(model)
     forced = set(matching(model, grain.leaf))
     opened = {""} | {parent for name in matching(model, grain.split_before) for parent in _parents(name)}
     if overlap := forced & opened:
         raise ConfigError(f"leaf names {min(overlap)}, which split_before needs to look into; expected one of the two")
-    if type(model).forward is nn.Sequential.forward:
-        leaves = {name for name, _ in model.named_children()}
-        return _without_inner(model, (leaves - opened) | forced, opened)
-    shares, inner = _survey(model, forward)
-    evaluated: dict[str, set[str]] = {}
-    with suppress(CaptureError):  # whoever does not evaluate the model never knows
-        _, evaluated = _survey(model, evaluate)
-    changing = {name for name in inner.keys() & evaluated.keys() if inner[name] != evaluated[name]}
-    most = FINER_THAN / num_ranks
-    for name, module in model.named_modules():
-        if name in forced or not all(parent in opened for parent in _parents(name)):
+    closed = found.closed | forced
+    part = _part_of_a_rank(model, found.shares, closed, num_ranks)
+    if type(model).forward is nn.Sequential.forward and finer_than == FINER_THAN:
+        children = {name for name, _ in model.named_children()}
+        if opened == {""} and all(found.shares.get(name, 0.0) <= part for name in children - closed):
+            return outermost(children | forced)
+    for name, _ in model.named_modules():
+        if not name or name in forced or not all(parent in opened for parent in _parents(name)):
             continue
-        worth = shares.get(name, 0.0) > most and name not in changing and may_open(module)
-        if name in opened or worth or name not in shares:
+        worth = name not in closed and found.shares.get(name, 0.0) > finer_than * part
+        if name in opened or worth or name not in found.shares:
             opened.add(name)
-    leaves = {name for name, _ in model.named_modules() if name not in opened}
-    return _without_inner(model, leaves | forced, opened)
+    return outermost({name for name, _ in model.named_modules() if name not in opened} | forced)
+
+
+def _part_of_a_rank(model: nn.Module, shares: Mapping[str, float], closed: frozenset[str], num_ranks: int) -> float:
+    """Returns the part of all operations that a rank has if they are spread evenly.
+
+    What cannot be spread and is larger than that has a rank of its own: the others share what is left.
+    """
+    left, ranks = 1.0, num_ranks
+    whole = outermost(closed | {name for name, module in model.named_modules() if not any(module.children())})
+    for share in sorted((shares.get(name, 0.0) for name in whole), reverse=True):
+        if ranks > 1 and share > left / ranks:
+            left, ranks = max(left - share, 0.0), ranks - 1
+    return left / ranks
 
 
 def may_open(module: nn.Module) -> bool:
@@ -100,8 +128,8 @@ def may_open(module: nn.Module) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and not isinstance(module, torch.jit.ScriptModule)
-        and not hasattr(module, "_orig_mod")
+        and not isinstance(module, (torch.jit.ScriptModule, nn.MultiheadAttention))  # it has a fast path
+        and not is_compiled(module)
     )
 
 
@@ -110,20 +138,13 @@ def _parents(name: str) -> list[str]:
     return [""] + [".".join(parts[:i]) for i in range(1, len(parts))]
 
 
-def _without_inner(model: nn.Module, leaves: set[str], opened: set[str]) -> frozenset[str]:
-    """Returns the outermost of these modules, and the children of opened ones that are not opened themselves."""
-    names = {name for name, _ in model.named_modules()}
-    leaves = leaves | {name for name in names if name and name not in opened and _parents(name)[-1] in opened}
-    return outermost(leaves)
-
-
 def outermost(names: Iterable[str]) -> frozenset[str]:
     """Returns the modules that are not inside others of these."""
     names = frozenset(names)
     return frozenset(name for name in names if not names.intersection(_parents(name)))
 
 
-def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, float], dict[str, set[str]]]:
+def _count(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, float], dict[str, set[str]]]:
     """Returns the share of all floating-point operations that one call of each module takes, and which others it calls.
 
     Both of the modules that are called. Where a model has no operations that are counted, parameters stand for them.
@@ -132,6 +153,8 @@ def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, flo
     calls: Counter[str] = Counter()
     inner: dict[str, set[str]] = {}
     path: list[str] = []
+    failed: list[tuple[str, list[Tensor]]] = []
+    """The modules that an error went through, the innermost first."""
     counter = Flops()
     names = {id(module): name for name, module in model.named_modules()}
 
@@ -145,13 +168,23 @@ def _survey(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, flo
         path.append(name)
         try:
             return call(*args, **kwargs)
+        except Exception:
+            failed.append((name, trees.tensors_of((args, kwargs))))
+            raise
         finally:
             path.pop()
             found[name] += counter.total - begun
             calls[name] += 1
 
-    with counter, torch.no_grad(), module_calls(count):
-        forward()
+    try:
+        with counter, torch.no_grad(), module_calls(count):
+            forward()
+    except Exception as error:
+        straight = type(model).forward is nn.Sequential.forward and len(failed) > 1
+        name, tensors = failed[-2] if straight else failed[0] if failed else ("", [])
+        where = f"layer {name} ({type(model.get_submodule(name)).__name__})" if name else "the model"
+        shapes = ", ".join(str(list(t.shape)) for t in tensors) or "no tensors"
+        raise CaptureError(f"{where} failed on the example batch, input {shapes}: {describe(error)}") from error
     total = found[""]
     if total:
         return {name: flops / total / calls[name] for name, flops in found.items()}, inner

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 
 from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.chance import always_same
+from modelpar.capture.compiled import is_compiled
 from modelpar.capture.foreign import foreign_calls
 from modelpar.capture.held import HeldObjects, tensors_in
 from modelpar.capture.origins import BUFFER, CHANCE, STATE, Earlier, Origins, version_of
@@ -119,14 +120,14 @@ class Tape:
         """The last trap, which the model's code may have caught."""
         self._failed: tuple[Any, list[Tensor]] = "", []
 
-    def failure(self, error: Exception) -> str:
-        """Says which layer, or that the model itself, failed on the batch."""
+    def failure(self, which: str) -> str:
+        """Says which layer, or that the model itself, failed on a batch."""
         name, tensors = self._failed
         if not name:
-            return "the model failed on the example batch"
+            return f"the model failed on {which}"
         shapes = ", ".join(str(list(t.shape)) for t in tensors) or "no tensors"
         kind = type(self._model.get_submodule(name)).__name__
-        return f"layer {name} ({kind}) failed on the example batch, input {shapes}"
+        return f"layer {name} ({kind}) failed on {which}, input {shapes}"
 
     def record(
         self,
@@ -248,7 +249,12 @@ class Tape:
         return self._trap(f"sets the attribute {name!r} of {leaf}, which is called whole", inside, line)
 
     def _call_inside(self, name: str, call: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns."""
+        """Calls a leaf or a module inside one; notes whether its own forward draws, and what it returns.
+
+        A compiled one draws as a whole: what is inside it is not called.
+        """
+        if self._calling and is_compiled(self._model.get_submodule(self._calling[-1][0])):
+            return call(*args, **kwargs)
         self._note_draws()
         self._recomputes |= self._calling != [] and _saved_tensors_hook() is not self._hooks[-1]
         self._calling.append((name, generator_states()))
@@ -382,7 +388,7 @@ class Tape:
         tensors = trees.tensors_of((args, kwargs))
         module = self._model.get_submodule(target) if isinstance(target, str) else None
         versions = [version_of(t) for t in tensors]
-        buffers = [(n, b, b._version) for n, b in module.named_buffers()] if module else []
+        buffers = [(n, b, b._version) for n, b in module.named_buffers()] if module is not None else []
         settings, states, drawn = self._settings(), generator_states(), len(self._draws)
         trial = self._held.trial(call, template, settings, args, kwargs)
         before, again = attributes.Fingerprint(), None
@@ -408,7 +414,7 @@ class Tape:
         written = list({id(t): t for t in written}.values())
         changed = [*written, *self._origins.sharing(written)]
         states_changed = self._written_states(written, target, number)
-        now = dict(module.named_buffers()) if module else {}
+        now = dict(module.named_buffers()) if module is not None else {}
         changes = [f"{target}.{n}" for n, b, v in buffers if now.get(n) is not b or b._version != v]
         states_changed |= dict.fromkeys(self._origins.first_name(name) for name in changes)
         flags |= STATE if states_changed else 0
@@ -427,7 +433,7 @@ class Tape:
                 args=template,
                 inside=self._path[-1],
                 line=line,
-                nth=self._leaf_calls[target] if module else 1,
+                nth=self._leaf_calls[target] if module is not None else 1,
                 placed=placed,
                 checkpoint=hooked,
                 recomputes=self._recomputes,
@@ -437,7 +443,7 @@ class Tape:
                 aliases=len(changed) - len(written),
                 changes=tuple(states_changed),
                 draws=(own[0],) if own else tuple(dict.fromkeys(self._draws[drawn:])),
-                calls=tuple(self._calls.items()) if module else (),
+                calls=tuple(self._calls.items()) if module is not None else (),
                 settings=settings,
                 plain=tuple(plain),
                 needs_grad=tuple(needs_grad),

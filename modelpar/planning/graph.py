@@ -84,6 +84,8 @@ class ModelGraph:
     """FQNs of all parameters in the order of `model.parameters()`, each tensor once."""
     straight: bool = False
     """Whether the model is an nn.Sequential of its layers: what it does then depends on no shape or value."""
+    obstacles: tuple[str, ...] = ()
+    """Why there are no more layers and cuts, for people: what code cannot be followed or must stay together."""
 
     @property
     def hash(self) -> str:
@@ -135,7 +137,8 @@ class ModelGraph:
         )
         values = tuple(Value(**{**value, "consumers": tuple(value["consumers"])}) for value in data["values"])
         tied = tuple(Tied(tuple(tie["names"]), tuple(tie["layers"]), tie["bytes"]) for tie in data["tied"])
-        return cls(layers, values, tuple(data["cuts"]), tied, tuple(data["parameters"]), data["straight"])
+        parameters, obstacles = tuple(data["parameters"]), tuple(data.get("obstacles", ()))
+        return cls(layers, values, tuple(data["cuts"]), tied, parameters, data["straight"], obstacles)
 
 
 @dataclass(frozen=True)

@@ -186,9 +186,12 @@ class _Case(NamedTuple):
         if self.num_stages < 1:
             raise PartitionError(f"{self.num_stages} stages; expected at least 1")
         if self.num_stages > len(cuts) + 1:
+            found, more = self.graph.obstacles[:3], len(self.graph.obstacles) - 3
+            rest = [f"{more} more"] if more > 0 else []
+            way = f"; in the way: {'; '.join([*found, *rest])}" if found else ""
             raise PartitionError(
                 f"{self.num_stages} stages, but the model has {len(layers)} layers that can be cut in {len(cuts)} "
-                f"places; expected at most {len(cuts) + 1}"
+                f"places; expected at most {len(cuts) + 1}{way}"
             )
 
 

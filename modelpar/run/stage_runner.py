@@ -80,7 +80,7 @@ class StageRunner:
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
         self._owns_generators = lock is None
         places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
-        self._state = [(of, name) for of in places for name in of]
+        self._state = [(of, name) for of in places for name in list(of.keys())]
         """Where the parameters and buffers are; which tensors they are may change."""
         self._live: dict[int, _Live] = {}
         self._seen: dict[str, tuple[Tensor, int]] = {}
@@ -141,7 +141,7 @@ class StageRunner:
 
     def _frozen(self, output: Any) -> Any:
         """Returns an output that nothing will write to: a parameter or buffer handed on is copied."""
-        tensors = [of.get(name) for of, name in self._state]
+        tensors = [of[name] for of, name in self._state if name in of]
         state = {tensor.untyped_storage().data_ptr() for tensor in tensors if tensor is not None}
 
         def copy(tensor: Tensor) -> Tensor:

@@ -117,8 +117,25 @@ class Variants:
         needed = {step.node.name for step in routine.steps if step.node.is_module} - modules
         needed |= {state.name for step in routine.steps for state in step.node.args.states} - states
         if needed:
+            first = min(needed)
+            around = self._module_around(first)
             raise CaptureError(
-                f"to {mode} on this batch stage {stage} would need {min(needed)}, which it does not use when the model "
-                "trains as planned; expected a plan made for such a batch, or with the module around it called whole: "
-                f"leaf=[{min(needed).rpartition('.')[0]!r}]"
+                f"to {mode} on this batch stage {stage} would need {first}, which it does not use when the model "
+                "trains as planned; expected "
+                + (
+                    f"a plan made with the module around it called whole: leaf=[{around!r}]"
+                    if around
+                    else f"the code that chooses whether to use {first} in a module of its own, which holds {first} "
+                    "and what else may be chosen; planned with that module as `leaf`"
+                )
             )
+
+    def _module_around(self, name: str) -> str:
+        """Returns the innermost module around a part that the plan has parts of and that leaves enough others."""
+        layers = self._plan.graph.layers
+        used = {part for layer in layers for part in (*layer.modules, *(p.name for p in layer.parameters))}
+        while name := name.rpartition(".")[0]:
+            others = sum(not any(f"{m}.".startswith(f"{name}.") for m in layer.modules) for layer in layers)
+            if others + 1 >= self._plan.num_stages and any(part.startswith(f"{name}.") for part in used):
+                return name
+        return ""
