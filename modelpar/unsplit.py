@@ -41,7 +41,7 @@ class Unsplit:
         self._device = torch.device(plan.cluster.devices[-1])
         values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
         computed = {id(value): value.detach().clone() for value in values}  # by hooks, which will do so again
-        self._model = copy.deepcopy(model, computed).to(self._device)
+        self._model = _copy(model, computed).to(self._device)
         self._start = copy.deepcopy(model.state_dict())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._draws = tuple(dict.fromkeys(name for layer in plan.graph.layers for name in layer.draws))
@@ -164,6 +164,14 @@ class Unsplit:
                 parameter.grad.div_(count)
         assert total is not None
         return float(total / count)
+
+
+def _copy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """Copies a model; its parameters keep their attributes, which deepcopy drops. `known` is deepcopy's memo."""
+    copied = copy.deepcopy(model, known)
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        vars(ours).update(copy.deepcopy(vars(theirs), known))
+    return copied
 
 
 @contextmanager

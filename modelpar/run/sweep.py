@@ -247,7 +247,7 @@ class _Runs:
 def _optimizer(factory: OptimizerFactory | None, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
     try:
         return factory(named) if factory and named else None
-    except ValueError:  # it takes none of these parameters; that it takes some was checked before
+    except Exception:  # it takes none of these parameters; what else it cannot do is said where it is to train
         return None
 
 

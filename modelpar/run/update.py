@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modelpar.errors import ConfigError
-from modelpar.planning.graph import ModelGraph
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run.exchange import Exchange
@@ -37,48 +35,18 @@ class Settings:
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     max_norm: float | None = None
     seed: int = 0
+    first_group: frozenset[str] = frozenset()
+    """FQNs of the parameters in the first group of the unsplit model's optimizer, whose learning rate is reported."""
 
 
-def check_settings(settings: Settings, graph: ModelGraph) -> None:
-    """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts.
-
-    Raises ConfigError. It takes one step of an optimizer that has nothing to do: some schedules find out only then that
-    their arguments are impossible.
-    """
-    if settings.max_norm is not None and not settings.max_norm > 0:
-        raise ConfigError(f"max_norm is {settings.max_norm}; expected a number above 0, or None")
-    if settings.optimizer is None or not any(p.trainable for layer in graph.layers for p in layer.parameters):
-        return
-    try:
-        tensors = [p for layer in graph.layers for p in layer.parameters if p.trainable]
-        probes = [(p.name, torch.zeros([1] * len(p.shape), dtype=getattr(torch, p.dtype))) for p in tensors]
-        made = settings.optimizer([(name, nn.Parameter(probe)) for name, probe in probes])
-        schedule = settings.lr_schedule(made) if settings.lr_schedule else None
-        if not isinstance(made, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
-            )
-        if isinstance(made, torch.optim.LBFGS):
-            raise ConfigError(
-                "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
-            )
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
-        made.step()
-        if schedule is not None:
-            schedule.step()
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"the optimizer or its learning-rate schedule cannot be used: {error}") from error
-
-
-def _make(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
-    """Returns the optimizer of one rank, or None where the factory chooses none of its parameters."""
+def make_optimizer(
+    factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]], *, may_be_none: bool = True
+) -> torch.optim.Optimizer | None:
+    """Returns the optimizer of some parameters, or None where the factory chooses none of them."""
     try:
         return factory(named)
     except ValueError as error:
-        if "empty parameter list" in str(error):
+        if may_be_none and "empty parameter list" in str(error):
             return None
         raise
 
@@ -97,6 +65,17 @@ def gradient_norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
     return found
 
 
+def _first_group(
+    optimizer: torch.optim.Optimizer | None, named: dict[str, nn.Parameter], first: frozenset[str]
+) -> dict[str, Any]:
+    """Returns the part of the unsplit optimizer's first group that a rank's has; empty where it has none."""
+    if optimizer is None:
+        return {}
+    wanted = {id(parameter) for name, parameter in named.items() if name in first}
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return next((group for group in groups if not first or any(id(p) in wanted for p in group["params"])), {})
+
+
 class Update:
     """Applies the gradients of a rank's stages, together with the other ranks."""
 
@@ -108,7 +87,8 @@ class Update:
         """The FQNs of all parameters in the order of `model.parameters()`."""
         self._owned = {stage: runner.program.owned_parameters() for stage, runner in runners.items()}
         named = [pair for owned in self._owned.values() for pair in owned.items()]
-        self._optimizer = _make(settings.optimizer, named) if settings.optimizer and named else None
+        self._optimizer = make_optimizer(settings.optimizer, named) if settings.optimizer and named else None
+        self._reported = _first_group(self._optimizer, dict(named), settings.first_group)
         self._lr_schedule = settings.lr_schedule(self._optimizer) if settings.lr_schedule and self._optimizer else None
 
     def apply(self, count: float | None) -> dict[str, Any] | None:
@@ -133,7 +113,8 @@ class Update:
         mark = self._exchange.mark()
         lr = None
         if self._optimizer:
-            lr = float(self._optimizer.param_groups[0]["lr"])
+            lr = self._reported.get("lr")
+            lr = None if lr is None else float(lr)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         if self._lr_schedule:
