@@ -30,7 +30,7 @@ from modelpar.capture.objective import (
 from modelpar.errors import describe
 from modelpar.planning.plan import Plan
 from modelpar.run.rng import random_key
-from modelpar.run.update import OptimizerFactory
+from modelpar.run.update import OptimizerFactory, gradient_norms
 
 
 class Unsplit:
@@ -70,7 +70,7 @@ class Unsplit:
         """Returns the loss, and the gradient of each parameter that is trained: 0 where there is none."""
         loss = self._backward(batch, step)
         found = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense().clone()
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
@@ -97,7 +97,7 @@ class Unsplit:
         for step, batch in enumerate(batches):
             loss = self._backward(batch, step)
             parameters = [p for p in self._model.parameters() if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+            norm = _clipped(parameters, max_norm)
             optimizer.step()
             optimizer.zero_grad()
             yield loss, float(norm)
@@ -164,6 +164,14 @@ class Unsplit:
                 parameter.grad.div_(count)
         assert total is not None
         return float(total / count)
+
+
+def _clipped(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips gradients; returns the norm they had. Of sparse ones torch has none, which matters only where they clip."""
+    if max_norm is None and any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        norms = gradient_norms({str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None})
+        return torch.linalg.vector_norm(torch.stack([*norms.values()]))
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
 
 
 def _copy(model: nn.Module, known: dict[int, Any]) -> nn.Module:

@@ -32,6 +32,7 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
 from modelpar.run import cuda, wire
+from modelpar.run.memory import return_freed_memory
 from modelpar.run.numerics import Numerics
 from modelpar.run.rehearsal import rehearse
 from modelpar.run.stage_runner import RunContext
@@ -94,10 +95,9 @@ class Pipeline:
         self._objective, self._plan = objective, plan
         self._built: nn.Module | None = objective.build(seed)
         plan.check_parameters(parameters_of(self._built))
-        trainable = {name: p for name, p in self._built.named_parameters() if p.requires_grad}
         on_cpu = all(device == "cpu" for device in plan.cluster.devices)
         settings = Settings(optimizer, lr_schedule, max_norm, seed)
-        self._settings = rehearse(settings, trainable, self._owned_by_ranks(self._built), on_cpu=on_cpu)
+        self._settings = rehearse(settings, self._built, self._owned_by_ranks(self._built), on_cpu=on_cpu)
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
@@ -288,6 +288,7 @@ class Pipeline:
                 routines = {stage: found.routines[stage] for stage, home in homes if home == rank}
                 parcel = wire.ship_as("what the model's own forward does", (found.number, found.graph, routines))
                 self._learning.append(self._command(rank, "learn", recording=parcel))
+            return_freed_memory()
         return found
 
     def _unsplit(self, model: nn.Module) -> Callable[[], nn.Module]:

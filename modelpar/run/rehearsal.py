@@ -7,6 +7,7 @@ rank's, and what they chose must be the same for each parameter, before and afte
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from modelpar.errors import ConfigError, describe
 from modelpar.run import wire
-from modelpar.run.update import Settings, make_optimizer
+from modelpar.run.update import Settings, cannot_clip, make_optimizer
 
 Named = Mapping[str, nn.Parameter]
 """Parameters by FQN."""
@@ -34,7 +35,7 @@ class _Choice:
     after: dict[str, Any]
 
 
-def rehearse(settings: Settings, model: Named, ranks: Sequence[Named], *, on_cpu: bool = True) -> Settings:
+def rehearse(settings: Settings, model: nn.Module, ranks: Sequence[Named], *, on_cpu: bool = True) -> Settings:
     """Returns the settings with the names of the unsplit optimizer's first group; `ranks` is what each rank trains.
 
     Raises ConfigError for what cannot work on ranks that each hold a part of the parameters. `on_cpu` says that this is
@@ -42,15 +43,19 @@ def rehearse(settings: Settings, model: Named, ranks: Sequence[Named], *, on_cpu
     """
     if settings.max_norm is not None and not settings.max_norm > 0:
         raise ConfigError(f"max_norm is {settings.max_norm}; expected a number above 0, or None")
-    if settings.optimizer is None or not model:
+    trainable = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if settings.optimizer is None or not trainable:
         return settings
+    sparse = _sparse(model)
+    if settings.max_norm is not None and sparse:
+        raise cannot_clip(min(sparse))
     whole = _Rehearsal(settings, "")
-    of_all = whole.of_stand_ins(model)
+    of_all = whole.of_stand_ins(trainable)
     for rank, named in enumerate(ranks):
         if named:
             own = _Rehearsal(settings, f" on rank {rank}, for {_listed(named)}", whole.num_groups)
             there = on_cpu and not any(parameter.is_meta for parameter in named.values())
-            found = own.of_copies(named) if there else own.of_stand_ins(named)
+            found = own.of_copies(named, sparse) if there else own.of_stand_ins(named)
             if of_all is not None and found is not None:
                 _check_same(rank, named, of_all, found)
     return replace(settings, first_group=frozenset(whole.first_group))
@@ -64,9 +69,11 @@ class _Rehearsal:
         self.num_groups: int | None = None
         self.first_group: list[str] = []
 
-    def of_copies(self, named: Named) -> dict[str, _Choice]:
-        """Returns what is chosen for parameters as a rank gets them."""
+    def of_copies(self, named: Named, sparse: set[str]) -> dict[str, _Choice]:
+        """Returns what is chosen for parameters as a rank gets them; the gradients of some are sparse."""
         copies: Named = wire.receive(wire.ship_as("a parameter of the model", dict(named)))
+        for name in sparse & set(copies):
+            copies[name].grad = _no_rows(copies[name])
         try:
             return self._of(copies)
         except RuntimeError as error:
@@ -175,6 +182,22 @@ def _check_same(rank: int, named: Named, of_all: dict[str, _Choice], found: dict
             f"the optimizer or its learning-rate schedule gives {name} {key} {mine!r} on rank {rank}, and "
             f"{other!r} when it is made for the whole model; {_TREATED_ALONE}"
         )
+
+
+def _sparse(model: nn.Module) -> set[str]:
+    """Returns the parameters whose gradients will be sparse: tables with sparse=True that nothing else uses."""
+    names: defaultdict[int, list[str]] = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    tables = [module for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))]
+    known = [names[id(table.weight)] for table in tables if table.sparse and table.weight.requires_grad]
+    return {found[0] for found in known if len(found) == 1}
+
+
+def _no_rows(parameter: nn.Parameter) -> Tensor:
+    """Returns a sparse gradient of no row."""
+    rows = torch.empty((1, 0), dtype=torch.int64), parameter.new_empty((0, *parameter.shape[1:]))
+    return torch.sparse_coo_tensor(*rows, parameter.shape, check_invariants=True)
 
 
 def _without_memory(named: Named) -> Named:

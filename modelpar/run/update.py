@@ -10,7 +10,7 @@ The order of operations is that of `clip_grad_norm_` and `optimizer.step` on the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modelpar.errors import ConfigError
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run.exchange import Exchange
@@ -52,17 +53,37 @@ def make_optimizer(
 
 
 def gradient_norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels."""
+    """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels.
+
+    Of a sparse one, of which it computes none, that of the numbers it has.
+    """
     found: dict[str, Tensor] = {}
     on_cuda: defaultdict[torch.dtype, list[str]] = defaultdict(list)
     for name, gradient in gradients.items():
-        if gradient.is_cuda:
+        if gradient.is_sparse:
+            found[name] = torch.linalg.vector_norm(gradient.coalesce().values())
+        elif gradient.is_cuda:
             on_cuda[gradient.dtype].append(name)
         else:
             found[name] = torch.linalg.vector_norm(gradient)
     for names in on_cuda.values():
         found |= zip(names, torch._foreach_norm([gradients[name] for name in names], 2.0), strict=True)
     return found
+
+
+def refuse_sparse(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError where gradients that are to be clipped are sparse, of which torch computes no norm."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise cannot_clip(name)
+
+
+def cannot_clip(name: str) -> ConfigError:
+    """Returns what to say where the gradient of a parameter is sparse."""
+    return ConfigError(
+        f"max_norm clips no sparse gradients, as torch's clip_grad_norm_ does not, and that of {name} is sparse; "
+        "expected max_norm=None (training.max_norm=null), or layers without sparse=True"
+    )
 
 
 def _first_group(
@@ -108,6 +129,7 @@ class Update:
         norm = self._norm(gradient_norms({name: p.grad for name, p in gradients.items() if p.grad is not None}))
         if self._max_norm is not None and gradients:
             assert norm is not None
+            refuse_sparse(gradients)
             nn.utils.clip_grads_with_norm_(list(gradients.values()), self._max_norm, norm)
         self._exchange.note_around("reduce", start)
         mark = self._exchange.mark()
