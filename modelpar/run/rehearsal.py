@@ -169,10 +169,10 @@ def _check_same(rank: int, named: Named, of_all: dict[str, _Choice], found: dict
         if ours == theirs:
             continue
         if ours is None or theirs is None:
-            verbs = ("trains", "leaves out") if ours else ("leaves out", "trains")
+            here, there = ("is", "is not") if ours else ("is not", "is")
             raise ConfigError(
-                f"the optimizer {verbs[0]} {name} on rank {rank}, and {verbs[1]} it when it is made for the whole "
-                f"model; {_TREATED_ALONE}"
+                f"{name} {here} trained by the optimizer of rank {rank}, and {there} by the one that is made for the "
+                f"whole model; {_TREATED_ALONE}"
             )
         differing: list[tuple[str, Any, Any]] = [("optimizer", ours.optimizer, theirs.optimizer)]
         for mine, other in ((ours.before, theirs.before), (ours.after, theirs.after)):
