@@ -184,7 +184,9 @@ class _ToGradients(torch.optim.Optimizer):
         with torch.no_grad():
             for group in self.param_groups:
                 for parameter in group["params"]:
-                    parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+                    parameter.copy_(
+                        torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense()
+                    )
 
 
 def _to_gradients(named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer:

@@ -152,7 +152,10 @@ def _keep_weights(pipeline: Pipeline, run: RunDir, plan: Plan) -> None:
 
 @contextmanager
 def _stop_between_steps() -> Iterator[list[int]]:
-    """Turns the first Ctrl-C or SIGTERM into an entry in the list yielded; a second one acts as usual."""
+    """Turns the first Ctrl-C or SIGTERM into an entry in the list yielded; a second one acts as usual.
+
+    What is ignored stays so: a shell starts background jobs that ignore Ctrl-C.
+    """
     asked: list[int] = []
     if current_thread() is not main_thread():
         yield asked
@@ -163,7 +166,8 @@ def _stop_between_steps() -> Iterator[list[int]]:
         signal.signal(number, before[number])
         os.write(2, _STOPPING)  # print could be interrupted while it prints
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: handler for number, handler in handlers.items() if handler is not signal.SIG_IGN}
     for number in before:
         signal.signal(number, note)
     try:

@@ -21,7 +21,7 @@ from modelpar.capture.objective import Batch, LossResult, Objective, in_mode, lo
 from modelpar.errors import describe
 from modelpar.planning.plan import Plan
 from modelpar.run.rng import random_key
-from modelpar.run.update import OptimizerFactory
+from modelpar.run.update import OptimizerFactory, gradient_norms
 
 
 class Unsplit:
@@ -33,7 +33,7 @@ class Unsplit:
         self._device = torch.device(plan.cluster.devices[-1])
         values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
         computed = {id(value): value.detach().clone() for value in values}  # by hooks, which will do so again
-        self._model = copy.deepcopy(model, computed).to(self._device)
+        self._model = _copy(model, computed).to(self._device)
         self._start = copy.deepcopy(model.state_dict())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         self._draws = tuple(dict.fromkeys(name for layer in plan.graph.layers for name in layer.draws))
@@ -67,7 +67,7 @@ class Unsplit:
         """Returns the loss, and the gradient of each parameter that is trained: 0 where there is none."""
         loss = self._backward(batch, step)
         found = {
-            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.clone()
+            name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad.to_dense().clone()
             for name, parameter in self._model.named_parameters()
             if parameter.requires_grad
         }
@@ -94,7 +94,7 @@ class Unsplit:
         for step, batch in enumerate(batches):
             loss = self._backward(batch, step)
             parameters = [p for p in self._model.parameters() if p.grad is not None]
-            norm = nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+            norm = _clipped(parameters, max_norm)
             optimizer.step()
             optimizer.zero_grad()
             yield loss, float(norm)
@@ -158,6 +158,22 @@ class Unsplit:
                 parameter.grad.div_(count)
         assert total is not None
         return float(total / count)
+
+
+def _clipped(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
+    """Clips gradients; returns the norm they had. Of sparse ones torch has none, which matters only where they clip."""
+    if max_norm is None and any(p.grad is not None and p.grad.is_sparse for p in parameters):
+        norms = gradient_norms({str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None})
+        return torch.linalg.vector_norm(torch.stack([*norms.values()]))
+    return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
+
+
+def _copy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
+    """Copies a model; its parameters keep their attributes, which deepcopy drops. `known` is deepcopy's memo."""
+    copied = copy.deepcopy(model, known)
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        vars(ours).update(copy.deepcopy(vars(theirs), known))
+    return copied
 
 
 @contextmanager

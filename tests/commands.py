@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
 
-from conftest import ROOT
+from conftest import ROOT, interruptible
 
 from modelpar.cli import main
 
@@ -44,14 +44,16 @@ class Command(subprocess.Popen):
     def __init__(self, folder: Path, *words: str):
         self.mark = f"MODELPAR_TEST_MARK={uuid4()}"
         name, _, value = self.mark.partition("=")
-        super().__init__(
-            [sys.executable, "-m", "modelpar.cli", *words],
-            cwd=folder,
-            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", name: value},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        own = {"PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "1", name: value}
+        with interruptible():
+            super().__init__(
+                [sys.executable, "-m", "modelpar.cli", *words],
+                cwd=folder,
+                env={**os.environ, **own},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
 
     def wait_line(self, start: str) -> str:
         """Waits until the command prints a line that begins like this."""

@@ -2,10 +2,11 @@
 
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from textwrap import dedent
 
@@ -60,6 +61,16 @@ def workers(request, shared_workers):
     return shared_workers[request.param].get()
 
 
+@contextmanager
+def interruptible():
+    """Lets processes started inside hear Ctrl-C, also where the tests are a background job, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 @pytest.fixture(scope="module")
 def start_script(tmp_path_factory):
     """Starts Python source as a script of its own, as a user would; warnings are errors in it. Ended with the tests."""
@@ -69,13 +80,14 @@ def start_script(tmp_path_factory):
         path = folder / f"script{len(started)}.py"
         path.write_text(dedent(source))
         paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
-        process = subprocess.Popen(
-            [sys.executable, "-W", "error", str(path)],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        with interruptible():
+            process = subprocess.Popen(
+                [sys.executable, "-W", "error", str(path)],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths)), "OMP_NUM_THREADS": "1"},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+            )
         started.append(process)
         return process
 

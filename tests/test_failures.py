@@ -320,18 +320,33 @@ def test_an_optimizer_that_cannot_be_made_on_one_rank():
     objective, good, _ = task(fail)
 
     def optimizer(parameters):
-        if [name for name, _ in parameters] == ["0.weight", "0.bias"]:  # not the probe, which has them all
+        if [name for name, _ in parameters] == ["0.weight", "0.bias"]:
             raise LookupError("no optimizer for this stage")
         return adamw(parameters)
 
+    message = failing(objective, [good], optimizer=optimizer, error=ConfigError)
+    where = "cannot be used on rank 0, for 0.weight … 0.bias"
+    assert message == f"the optimizer or its learning-rate schedule {where}: LookupError: no optimizer for this stage"
+
+
+def test_an_optimizer_that_cannot_be_made_any_more():
+    """What the rehearsal did not see is said by the rank."""
+    objective, good, _ = task(fail)
+
+    def optimizer(parameters):
+        if threading.current_thread() is not threading.main_thread():
+            raise LookupError("no optimizer here")
+        return adamw(parameters)
+
     message = failing(objective, [good], optimizer=optimizer)
-    assert message == "rank 0 failed: LookupError: no optimizer for this stage"
+    assert message.endswith(" failed: LookupError: no optimizer here")
 
 
 def test_an_exception_in_the_optimizer():
     class Broken(torch.optim.SGD):
         def step(self, closure=None):
-            if self.param_groups[0]["params"][0].shape == (3, 8):
+            parameter = self.param_groups[0]["params"][0]
+            if parameter.shape == (3, 8) and parameter.grad is not None:
                 raise BufferError("no room")
             return super().step(closure)
 
@@ -414,7 +429,7 @@ def test_what_cannot_be_pickled_is_named(workers, what):
     plan = make_plan(objective, batch)
     where = "the plan, the optimizer or the learning-rate schedule" if what == "optimizer" else r"stage 1 \(2 … 3\)"
     with (
-        pytest.raises(CaptureError, match=rf"^{where} cannot be sent to the workers: TypeError: .*lock"),
+        pytest.raises(CaptureError, match=rf"^{where} cannot be sent to the workers: TypeError: .*lock.*, found at .*"),
         Pipeline(objective, plan, workers=workers, optimizer=optimizer),
     ):
         pass

@@ -340,3 +340,14 @@ def test_a_long_chain_beats_every_other_way_to_cut_it(overlap):
         pair = np.maximum(problem.costs(s - 1, bounds[s - 1], window), problem.costs(s, window, bounds[s + 1]))
         here = max(problem.costs(s - 1, bounds[s - 1], bounds[s]), problem.costs(s, bounds[s], bounds[s + 1]))
         assert here <= max(best, int(pair.min()))
+
+
+def test_counted_costs_are_not_weighed_against_seconds_of_links():
+    """Nobody knows how long a layer takes that was only counted: equal layers are cut evenly, however slow the link."""
+    graph, profile = chain([1e-6] * 8, [1e6] * 6 + [1.0])
+    cluster = cpus(2, link=Link(latency=0.5e-3, bandwidth=1e9))
+    counted = replace(profile, source="flops")
+    assert optimal(graph, profile, cluster, 2).balance == (7, 1)
+    found = optimal(graph, counted, cluster, 2)
+    assert found.balance == (4, 4)
+    assert found.bottleneck == found.lower_bound == max(stage_seconds(graph, counted, cluster, found))

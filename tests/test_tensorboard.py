@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import interruptible
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
@@ -223,12 +224,13 @@ def get(url: str) -> Any:
 def started_view(*paths: Path) -> tuple[subprocess.Popen[str], str]:
     """Starts `view` in a process of its own, and returns it with the URL that it printed."""
     script = "import sys; from modelpar.report.tensorboard.view import view; view(sys.argv[1:], 0)"
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, paths)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )
+    with interruptible():
+        process = subprocess.Popen(
+            [sys.executable, "-c", script, *map(str, paths)],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )
     assert process.stdout is not None
     line = process.stdout.readline()
     return process, line.split(" at ")[-1].strip()

@@ -27,7 +27,7 @@ from modelpar.data.arrays import arrays
 from modelpar.errors import PlanMismatch
 from modelpar.models import convnet, gpt
 from modelpar.task import task_of
-from modelpar.train import train
+from modelpar.train import _stop_between_steps, train
 
 FILES = {"config.yaml", "plan.json", "result.json", "weights.safetensors", "events"}
 FILES_OF_PROCESSES = FILES | {"ranks"}
@@ -479,6 +479,20 @@ def test_ctrl_c_twice_ends_at_once(poisoned):
     assert (outcome.code, outcome.err) == (130, "")
     assert command.left() == []
     check_kept(poisoned, "interrupted", result_of(poisoned)["steps"])
+
+
+def test_what_a_background_job_ignores_stays_ignored():
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with _stop_between_steps() as asked:
+            signal.raise_signal(signal.SIGINT)
+            assert asked == []
+            signal.raise_signal(signal.SIGTERM)
+            assert asked == [signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_a_file_with_its_own_layers_over_rpc(poisoned):

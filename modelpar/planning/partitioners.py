@@ -100,7 +100,8 @@ def optimal(
     overlap: bool = False,
     schedule: Schedules | None = None,
 ) -> Partition:
-    """Returns the split whose slowest stage takes the fewest seconds per micro-batch, transfers included.
+    """Returns the split whose slowest stage takes the fewest seconds per micro-batch, transfers included where the
+    profile was measured.
 
     The cost of a stage is that of `stage_seconds`. Its lower bound is the largest run of layers between legal cuts on
     the fastest device, or all devices' even share, whichever is more; `balance.imbalance` says what keeps it from that.
@@ -259,7 +260,8 @@ def _border_seconds(graph: ModelGraph, profile: Profile, cluster: Cluster, homes
     """Returns per border, before, between and after the stages, the seconds of transfers over it at each position:
     activations there, gradients back.
 
-    Stages of one rank send each other nothing. What skips stages counts at each border that it passes.
+    Stages of one rank send each other nothing. What skips stages counts at each border that it passes. Counted costs
+    are seconds of a nominal device, of which only ratios mean anything: beside them borders cost nothing.
     """
     num_bytes = np.zeros(len(graph.layers) + 1)
     for value in graph.values:  # graph.crossing_bytes of every cut at once
@@ -271,6 +273,8 @@ def _border_seconds(graph: ModelGraph, profile: Profile, cluster: Cluster, homes
             num_bytes[value.producer + 1 : max(value.consumers) + 1] += value.bytes_per_sample
     num_bytes *= profile.microbatch_size
     nothing = np.zeros_like(num_bytes)
+    if profile.source == "flops":
+        return [nothing] * (len(homes) + 1)
     known: dict[Link, Floats] = {}
     borders = [nothing]
     for first, second in itertools.pairwise(homes):

@@ -28,6 +28,7 @@ from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.update import Update
 
+_LISTS_KEPT = 256
 _Steps = list[tuple[Action, list[ValueKey], list[ValueKey]]]
 """Actions, each with what it needs and what it gives."""
 
@@ -148,6 +149,8 @@ class Executor:
         """Returns the rank's actions for a batch's micro-batches, with the values that their recordings exchange."""
         mode, variants = context.mode, context.variants
         if (mode, variants) not in self._lists:
+            if len(self._lists) >= _LISTS_KEPT:  # a batch may be any mixture of recordings
+                del self._lists[next(iter(self._lists))]
             train = mode == "train"
             graphs = [self._graphs[number] for number in variants]
             if mode == "predict":

@@ -38,7 +38,7 @@ class PeakMemory:
             self._start = torch.cuda.memory_allocated(device)
         elif self._readable:
             gc.collect()
-            _return_freed_memory()
+            return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")  # resets the peak to the present size
             self._start = _status_bytes("VmRSS") - received
 
@@ -74,8 +74,12 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD = -1, -2, -3
 """From malloc.h."""
 
 
-def _return_freed_memory() -> None:
-    """Gives freed pages back to the kernel, where the C library can, so that an earlier pipeline's do not count."""
+def return_freed_memory() -> None:
+    """Gives freed pages back to the kernel, where the C library can.
+
+    It keeps what lies below something that is still in use, and a small record kept for good between large values is
+    enough for that: 250 recordings of a small model, one after the other, left 1.2 GB of free memory.
+    """
     try:
         ctypes.CDLL(None).malloc_trim(0)
     except (AttributeError, OSError):

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from modelpar.capture.cut import cut_stage
+from modelpar.capture.cut import StageProgram, cut_stage
 from modelpar.capture.graph import first_names, parameters_of
 from modelpar.capture.microbatch import Cutting, Microbatch, checked_batch, counting_names, join, leaf_names
 from modelpar.capture.objective import Batch, Objective
@@ -24,9 +24,11 @@ from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
 from modelpar.run import cuda, wire
+from modelpar.run.memory import return_freed_memory
 from modelpar.run.numerics import Numerics
+from modelpar.run.rehearsal import rehearse
 from modelpar.run.stage_runner import RunContext
-from modelpar.run.update import OptimizerFactory, Settings, check_settings
+from modelpar.run.update import OptimizerFactory, Settings
 from modelpar.run.variants import Variant, Variants
 from modelpar.run.workers import Workers
 
@@ -85,8 +87,11 @@ class Pipeline:
         self._cutting = Cutting.of(objective, plan.batch)
         self._counts: dict[str, bool] = {}
         """Whether a part of the output counts samples, by name, where lengths alone did not tell."""
-        self._settings = Settings(optimizer, lr_schedule, max_norm, seed)
-        check_settings(self._settings, plan.graph)
+        self._built: nn.Module | None = objective.build(seed)
+        plan.check_parameters(parameters_of(self._built))
+        on_cpu = all(device == "cpu" for device in plan.cluster.devices)
+        settings = Settings(optimizer, lr_schedule, max_norm, seed)
+        self._settings = rehearse(settings, self._built, self._owned_by_ranks(self._built), on_cpu=on_cpu)
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
@@ -101,8 +106,8 @@ class Pipeline:
         """Builds the model where it is a factory, and ships each stage to its rank."""
         self._step = 0
         self._under_way.clear()
-        model = self._objective.build(self._settings.seed)
-        self._plan.check_parameters(parameters_of(model))
+        model, self._built = self._built, None
+        model = self._objective.build(self._settings.seed) if model is None else model
         self._variants = Variants(self._objective, self._plan, self._unsplit(model))
         self._model_shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
         self._first_names = first_names(model)
@@ -303,6 +308,7 @@ class Pipeline:
                 routines = {stage: found.routines[stage] for stage, home in homes if home == rank}
                 parcel = wire.ship_as("what the model's own forward does", (found.number, found.graph, routines))
                 self._learning.append(self._command(rank, "learn", recording=parcel))
+            return_freed_memory()
         return found
 
     def _unsplit(self, model: nn.Module) -> Callable[[], nn.Module]:
@@ -366,11 +372,19 @@ class Pipeline:
             merged |= {name: value for name, value in reply.items() if value is not None}
         return merged
 
-    def _program(self, model: nn.Module, stage: int, of_model: dict[int, str]) -> wire.Parcel:
+    def _cut(self, model: nn.Module, stage: int) -> StageProgram:
         plan = self._plan
-        program = cut_stage(
-            model, plan.graph, plan.stage_graph, plan.partition.layers(stage), stage, self._objective.loss
-        )
+        return cut_stage(model, plan.graph, plan.stage_graph, plan.partition.layers(stage), stage, self._objective.loss)
+
+    def _owned_by_ranks(self, model: nn.Module) -> list[dict[str, nn.Parameter]]:
+        """Returns the parameters that each rank will train, in the order in which its optimizer gets them."""
+        owned: list[dict[str, nn.Parameter]] = [{} for _ in range(self._plan.num_ranks)]
+        for stage, rank in enumerate(self._plan.schedule.stage_to_rank):
+            owned[rank] |= self._cut(model, stage).owned_parameters()
+        return owned
+
+    def _program(self, model: nn.Module, stage: int, of_model: dict[int, str]) -> wire.Parcel:
+        program = self._cut(model, stage)
         what = f"stage {stage} ({program.layers[0]} … {program.layers[-1]})"
         own = {id(tensor) for tensor in (*program.module.parameters(), *program.module.buffers())}
         return wire.ship_as(what, program, {number: name for number, name in of_model.items() if number not in own})

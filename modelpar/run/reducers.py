@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import warnings
 from collections.abc import Callable
 from contextvars import Context, ContextVar
 from typing import Any
@@ -79,9 +80,8 @@ def _set_and_compile(module: nn.Module, state: tuple[Any, dict[str, Any]]) -> No
 
 
 def _archive(scripted: Any) -> bytes:
-    file = io.BytesIO()
-    torch.jit.save(scripted, file)
-    return file.getvalue()
+    archive: bytes = scripted.save_to_buffer()
+    return archive
 
 
 def _states(scripted: Any) -> list[tuple[str, str, Tensor]]:
@@ -97,7 +97,9 @@ def _states(scripted: Any) -> list[tuple[str, str, Tensor]]:
 
 
 def _scripted(archive: bytes, states: list[tuple[str, str, Tensor]]) -> Any:
-    found = torch.jit.load(io.BytesIO(archive))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # said where the user scripted it
+        found = torch.jit.load(io.BytesIO(archive))
     modules = dict(found.named_modules()) if states else {}
     for place, name, tensor in states:
         modules[place]._c.setattr(name, tensor)

@@ -193,7 +193,7 @@ class StageRunner:
         parameter = self.parameter(name)
         for grad in grads:
             if grad is not None:
-                parameter.grad = grad if parameter.grad is None else grad + parameter.grad
+                parameter.grad = grad if parameter.grad is None else _sum(grad, parameter.grad)
 
     def keep_buffers(self) -> None:
         """Remembers the buffers that forward writes to, so that a step that fails can be undone.
@@ -238,6 +238,11 @@ class StageRunner:
         if not found and self.losses and not bool(torch.isfinite(self.losses.pop(0).total)):
             found.append("the loss")
         return given, found[0] if found else None
+
+
+def _sum(first: Tensor, second: Tensor) -> Tensor:
+    """Adds gradients: torch adds a sparse tensor to a dense one only in that order."""
+    return second + first if first.is_sparse and not second.is_sparse else first + second
 
 
 def _needing_grad(tree: Any) -> list[Tensor]:

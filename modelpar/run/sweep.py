@@ -29,7 +29,7 @@ from modelpar.capture.replay import Replay
 from modelpar.run import wire
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
-from modelpar.run.update import OptimizerFactory, gradient_norms
+from modelpar.run.update import OptimizerFactory, gradient_norms, refuse_sparse
 
 IN_FLIGHT = 2
 """How many micro-batches are alive at once."""
@@ -229,6 +229,7 @@ class _Runs:
             parameter.grad.div_(count)
         norms = gradient_norms({name: parameter.grad for name, parameter in gradients.items()})
         if self._work.max_norm is not None and gradients:
+            refuse_sparse(gradients)
             norm = torch.linalg.vector_norm(torch.stack([*norms.values()]))
             nn.utils.clip_grads_with_norm_(list(gradients.values()), self._work.max_norm, norm)
         reduced = self._clock()
@@ -247,7 +248,7 @@ class _Runs:
 def _optimizer(factory: OptimizerFactory | None, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
     try:
         return factory(named) if factory and named else None
-    except ValueError:  # it takes none of these parameters; that it takes some was checked before
+    except Exception:  # it takes none of these parameters; what else it cannot do is said where it is to train
         return None
 
 

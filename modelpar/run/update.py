@@ -10,7 +10,7 @@ The order of operations is that of `clip_grad_norm_` and `optimizer.step` on the
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.errors import ConfigError
-from modelpar.planning.graph import ModelGraph
 from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run.exchange import Exchange
@@ -37,64 +36,65 @@ class Settings:
     lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None
     max_norm: float | None = None
     seed: int = 0
+    first_group: frozenset[str] = frozenset()
+    """FQNs of the parameters in the first group of the unsplit model's optimizer, whose learning rate is reported."""
 
 
-def check_settings(settings: Settings, graph: ModelGraph) -> None:
-    """Refuses what cannot work on ranks that each hold a part of the parameters, before anything starts.
-
-    Raises ConfigError. It takes one step of an optimizer that has nothing to do: some schedules find out only then that
-    their arguments are impossible.
-    """
-    if settings.max_norm is not None and not settings.max_norm > 0:
-        raise ConfigError(f"max_norm is {settings.max_norm}; expected a number above 0, or None")
-    if settings.optimizer is None or not any(p.trainable for layer in graph.layers for p in layer.parameters):
-        return
-    try:
-        tensors = [p for layer in graph.layers for p in layer.parameters if p.trainable]
-        probes = [(p.name, torch.zeros([1] * len(p.shape), dtype=getattr(torch, p.dtype))) for p in tensors]
-        made = settings.optimizer([(name, nn.Parameter(probe)) for name, probe in probes])
-        schedule = settings.lr_schedule(made) if settings.lr_schedule else None
-        if not isinstance(made, torch.optim.Optimizer):
-            raise ConfigError(
-                f"optimizer(named_parameters) returned {type(made).__name__}; expected a torch.optim.Optimizer"
-            )
-        if isinstance(made, torch.optim.LBFGS):
-            raise ConfigError(
-                "LBFGS mixes the parameters of all stages; expected an optimizer that treats each one by itself"
-            )
-        if isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            raise ConfigError("ReduceLROnPlateau needs a metric; expected a schedule that depends on the step only")
-        made.step()
-        if schedule is not None:
-            schedule.step()
-    except ConfigError:
-        raise
-    except (TypeError, ValueError, ArithmeticError) as error:
-        raise ConfigError(f"the optimizer or its learning-rate schedule cannot be used: {error}") from error
-
-
-def _make(factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]]) -> torch.optim.Optimizer | None:
-    """Returns the optimizer of one rank, or None where the factory chooses none of its parameters."""
+def make_optimizer(
+    factory: OptimizerFactory, named: list[tuple[str, nn.Parameter]], *, may_be_none: bool = True
+) -> torch.optim.Optimizer | None:
+    """Returns the optimizer of some parameters, or None where the factory chooses none of them."""
     try:
         return factory(named)
     except ValueError as error:
-        if "empty parameter list" in str(error):
+        if may_be_none and "empty parameter list" in str(error):
             return None
         raise
 
 
 def gradient_norms(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels."""
+    """Returns the 2-norm of each gradient as `clip_grad_norm_` computes it: on CUDA with other kernels.
+
+    Of a sparse one, of which it computes none, that of the numbers it has.
+    """
     found: dict[str, Tensor] = {}
     on_cuda: defaultdict[torch.dtype, list[str]] = defaultdict(list)
     for name, gradient in gradients.items():
-        if gradient.is_cuda:
+        if gradient.is_sparse:
+            found[name] = torch.linalg.vector_norm(gradient.coalesce().values())
+        elif gradient.is_cuda:
             on_cuda[gradient.dtype].append(name)
         else:
             found[name] = torch.linalg.vector_norm(gradient)
     for names in on_cuda.values():
         found |= zip(names, torch._foreach_norm([gradients[name] for name in names], 2.0), strict=True)
     return found
+
+
+def refuse_sparse(parameters: Mapping[str, nn.Parameter]) -> None:
+    """Raises ConfigError where gradients that are to be clipped are sparse, of which torch computes no norm."""
+    for name, parameter in parameters.items():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            raise cannot_clip(name)
+
+
+def cannot_clip(name: str) -> ConfigError:
+    """Returns what to say where the gradient of a parameter is sparse."""
+    return ConfigError(
+        f"max_norm clips no sparse gradients, as torch's clip_grad_norm_ does not, and that of {name} is sparse; "
+        "expected max_norm=None (training.max_norm=null), or layers without sparse=True"
+    )
+
+
+def _first_group(
+    optimizer: torch.optim.Optimizer | None, named: dict[str, nn.Parameter], first: frozenset[str]
+) -> dict[str, Any]:
+    """Returns the part of the unsplit optimizer's first group that a rank's has; empty where it has none."""
+    if optimizer is None:
+        return {}
+    wanted = {id(parameter) for name, parameter in named.items() if name in first}
+    groups: list[dict[str, Any]] = optimizer.param_groups
+    return next((group for group in groups if not first or any(id(p) in wanted for p in group["params"])), {})
 
 
 class Update:
@@ -108,7 +108,8 @@ class Update:
         """The FQNs of all parameters in the order of `model.parameters()`."""
         self._owned = {stage: runner.program.owned_parameters() for stage, runner in runners.items()}
         named = [pair for owned in self._owned.values() for pair in owned.items()]
-        self._optimizer = _make(settings.optimizer, named) if settings.optimizer and named else None
+        self._optimizer = make_optimizer(settings.optimizer, named) if settings.optimizer and named else None
+        self._reported = _first_group(self._optimizer, dict(named), settings.first_group)
         self._lr_schedule = settings.lr_schedule(self._optimizer) if settings.lr_schedule and self._optimizer else None
 
     def apply(self, count: float | None) -> dict[str, Any] | None:
@@ -128,12 +129,14 @@ class Update:
         norm = self._norm(gradient_norms({name: p.grad for name, p in gradients.items() if p.grad is not None}))
         if self._max_norm is not None and gradients:
             assert norm is not None
+            refuse_sparse(gradients)
             nn.utils.clip_grads_with_norm_(list(gradients.values()), self._max_norm, norm)
         self._exchange.note_around("reduce", start)
         mark = self._exchange.mark()
         lr = None
         if self._optimizer:
-            lr = float(self._optimizer.param_groups[0]["lr"])
+            lr = self._reported.get("lr")
+            lr = None if lr is None else float(lr)
             self._optimizer.step()
             self._optimizer.zero_grad(set_to_none=True)
         if self._lr_schedule:

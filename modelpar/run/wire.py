@@ -211,10 +211,8 @@ def ship(obj: Any, foreign: Mapping[int, str] | None = None) -> Parcel:
         pickler.dump(obj)
     except Exception as error:  # whatever a user's class raises
         place = culprit(obj, _cannot_travel)
-        raise CaptureError(
-            f"cannot be sent to the workers: {' '.join(describe(error).split())}{f', found at {place}' if place else ''}; "
-            "expected what cloudpickle can pickle"
-        ) from error
+        reason = " ".join(describe(error).split()) + (f", found at {place}" if place else "")
+        raise CaptureError(f"cannot be sent to the workers: {reason}; expected what cloudpickle can pickle") from error
     found = [name for number, name in (foreign or {}).items() if number in pickler.index]
     if found:
         raise CaptureError(

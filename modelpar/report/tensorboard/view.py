@@ -47,9 +47,10 @@ def view(paths: Sequence[str], port: int | None = None, host: str = "127.0.0.1")
 
 
 def wait_for_interrupt() -> None:
-    """Blocks until Ctrl-C or SIGTERM."""
+    """Blocks until Ctrl-C or SIGTERM; what is ignored, as Ctrl-C in a background job, stays so."""
     stop = threading.Event()
-    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    heard = [n for n in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(n) is not signal.SIG_IGN]
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in heard}
     try:
         stop.wait()
     finally:
