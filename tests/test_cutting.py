@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from commands import THREADS, call
 from torch import nn
 from torch.nn import functional as F
 
@@ -224,3 +225,59 @@ def test_losses_of_low_precision_are_reported_as_their_mean(workers, dtype):
             assert evaluated.loss == pytest.approx(mean, rel=1e-6)
             assert pipeline.step((x, y)).loss == pytest.approx(mean, rel=1e-6)
     assert evaluated.metrics == {"half": 1.0}
+
+
+MODEL_FILE = """
+import numpy, torch
+from torch import nn
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x, more=None, scale=1.0):
+        if isinstance(x, list):
+            x = torch.stack(x)
+        h = torch.tanh(self.b(torch.tanh(self.a(x)))) * scale
+        return self.c(h if more is None else h * torch.as_tensor(more).float()[:, None])
+
+
+x, y = torch.randn(6, 6), torch.arange(6) % 3
+positional = lambda: (Net(), ((x, torch.arange(1, 7)), y), nn.functional.cross_entropy)
+keywords = lambda: (Net(), ({"x": x, "more": [1, 2, 3, 4, 5, 6]}, y), nn.functional.cross_entropy)
+alone = lambda: (Net(), ([x[i] for i in range(6)], y), nn.functional.cross_entropy)
+arrays = lambda: (Net(), ((x, numpy.arange(1, 7)), y), nn.functional.cross_entropy)
+shared = lambda: (Net(), ({"x": x, "scale": torch.linspace(0.1, 3, 6)}, y), nn.functional.cross_entropy)
+"""
+
+
+@pytest.fixture
+def verified(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "net.py").write_text(MODEL_FILE)
+
+    def run(build, *more):
+        few = ["pipeline.num_microbatches=3", "training.batch_size=6", "steps=2", "output.name=run", *THREADS]
+        return call("verify", "model=file", f"model.factory=net.py:{build}", *few, *more)
+
+    return run
+
+
+@pytest.mark.parametrize("build", ["positional", "keywords", "alone", "arrays"])
+def test_a_model_file_may_give_inputs_in_any_form(verified, build):
+    outcome = verified(build)
+    assert "equals the unsplit one to the bit in all" in outcome.out, outcome.err
+
+
+def test_a_model_file_may_have_inputs_that_all_samples_share(verified, tmp_path):
+    refused = verified("shared")
+    assert refused.code == 2
+    assert refused.err.startswith("modelpar: inputs.scale is as long as the batch (6) and was cut with it")
+    assert refused.err.count("\n") == 1
+    outcome = verified("shared", "pipeline.shared=[scale]")
+    assert "equals the unsplit one to the bit in all" in outcome.out, outcome.err
+    assert '"shared": [\n   "inputs.scale"\n  ]' in (tmp_path / "runs" / "run" / "plan.json").read_text()
+    wrong = verified("shared", "pipeline.shared=[scales]")
+    assert "shared names 'scales', which the batch does not have; expected one of x, scale" in wrong.err

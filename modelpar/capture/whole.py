@@ -90,7 +90,7 @@ def compare(objective: Objective, cutting: Cutting, model: nn.Module, batch: Bat
         except Exception as error:
             _refuse_misread(cutting, batch, num_microbatches, look, coarsest)
             _refuse_cut(cutting, batch, num_microbatches, look, error)
-            return Compared(known=known)
+            return Compared((), known, f"micro-batches were not compared with a batch: {describe(error)}")
         if found is None:
             return Compared(known=known)
         if any(seen.draws for seen in found.seen):
