@@ -57,10 +57,21 @@ def _thread_failed(otherwise: Callable[[threading.ExceptHookArgs], object], fail
 
 
 class _Shown(logging.Handler):
-    """Prints records on whatever standard error is at the time: a progress bar puts itself there to stay below."""
+    """Prints records on whatever standard error is at the time: a progress bar puts itself there to stay below.
+
+    What the planner warns of is printed once, however many plans of a model are made.
+    """
+
+    def __init__(self, level: int):
+        super().__init__(level)
+        self._said: set[str] = set()
 
     def emit(self, record: logging.LogRecord) -> None:
         """Prints a record; one of a thread that is a rank with the rank's name."""
+        if record.name == "modelpar.planner" and record.levelno == logging.WARNING:
+            if record.getMessage() in self._said:
+                return
+            self._said.add(record.getMessage())
         thread = threading.current_thread().name
         name = f"rank {thread.removeprefix(_RANK)}: " if thread.startswith(_RANK) else ""
         try:

@@ -118,7 +118,8 @@ def task_of(config: DictConfig) -> Task:
     torch.manual_seed(training.seed)
     objective, example = _objective(config)
     of_example = "example" in config.data and not {"factory", "config"}.isdisjoint(config.model)
-    data: Data = make(config.data, "data", **({"example": example} if of_example else {}))
+    given = {"example": example, "shared": objective.shared} if of_example else {}
+    data: Data = make(config.data, "data", **{name: value for name, value in given.items() if name in config.data})
     return Task(
         config=config,
         objective=objective,

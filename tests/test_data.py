@@ -371,7 +371,7 @@ def test_an_example_may_have_no_targets():
         ({"num_samples": 0}, "data.num_samples is 0"),
         ({"num_classes": 0}, "data.num_classes is 0"),
         ({"input_shape": [3, 0]}, r"data.input_shape \[3, 0\]"),
-        ({"example": (1, 2)}, "the example batch has no tensor with samples"),
+        ({"example": (1, 2)}, "the example batch cannot be drawn from: the batch has no tensor with dimension 0"),
     ],
 )
 def test_synthetic_sizes_that_do_not_fit_are_refused(arguments, message):

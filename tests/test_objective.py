@@ -1,43 +1,11 @@
-"""How a batch is cut, and what a loss may be."""
+"""How a batch meets a model, and what a loss may be."""
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
-from modelpar.capture.objective import LossResult, Objective, batch_size, call, loss_of, microbatch_sizes, split_batch
-from modelpar.errors import CaptureError, ConfigError
-
-
-@given(st.integers(1, 60), st.integers(1, 20))
-def test_microbatches_are_those_of_tensor_split(samples, microbatches):
-    x = torch.arange(samples)
-    sizes = microbatch_sizes(samples, microbatches)
-    expected = x.tensor_split(min(samples, microbatches))
-    assert sizes == [len(part) for part in expected]
-    assert all(torch.equal(a, b) for a, b in zip(split_batch(x, sizes), expected, strict=True))
-
-
-def test_tensors_as_long_as_the_batch_are_cut_and_all_else_is_repeated():
-    tree = {"x": torch.arange(10).view(5, 2), "mask": (torch.ones(3), torch.arange(5)), "flag": True, "none": None}
-    first, second = split_batch(tree, [3, 2])
-    assert first["x"].tolist() == [[0, 1], [2, 3], [4, 5]]
-    assert second["mask"][1].tolist() == [3, 4]
-    assert second["mask"][0] is tree["mask"][0]
-    assert (second["flag"], first["none"]) == (True, None)
-    (left, right) = split_batch(torch.arange(6).view(2, 3), [1, 2], batch_dim=1)
-    assert (left.tolist(), right.tolist()) == ([[0], [3]], [[1, 2], [4, 5]])
-    assert split_batch(None, [1, 1]) == [None, None]
-
-
-def test_the_size_of_a_batch_is_that_of_its_first_tensor():
-    assert batch_size((torch.tensor(3.0), torch.ones(4, 2))) == 4
-    assert batch_size({"a": 1, "b": torch.ones(2, 7)}, batch_dim=1) == 7
-    empty = r"the batch is empty: .*\[0, 3\]"
-    for inputs, message in ((torch.ones(0, 3), empty), ("text", "no tensor with dimension 0")):
-        with pytest.raises(ConfigError, match=message):
-            batch_size(inputs)
+from modelpar.capture.objective import LossResult, Objective, call, loss_of
+from modelpar.errors import CaptureError
 
 
 def test_inputs_are_passed_as_they_are_made():
@@ -47,6 +15,18 @@ def test_inputs_are_passed_as_they_are_made():
     assert call(show, (1, 2)) == ((1, 2), {})
     assert call(show, {"a": 1}) == ((), {"a": 1})
     assert call(show, [1, 2]) == (([1, 2],), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_a_loss_of_low_precision_is_summed_in_float32_with_the_same_gradient(dtype):
+    mean = torch.tensor(1.0078125, dtype=dtype, requires_grad=True)
+    found = loss_of(lambda output, targets: output, mean, None, 1001)
+    assert found.total.item() == pytest.approx(1008.8203125, rel=1e-7)
+    (gradient,) = torch.autograd.grad(found.total, mean)
+    (expected,) = torch.autograd.grad(mean * 1001, mean)
+    assert torch.equal(gradient, expected)
+    total = loss_of(lambda output, targets: LossResult(output, 3), mean, None, 3).total
+    assert (total.item(), total.dtype) == (1.0078125, torch.float64 if dtype == torch.float64 else torch.float32)
 
 
 class Output:

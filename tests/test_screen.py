@@ -217,3 +217,10 @@ def test_without_a_terminal_or_with_verbose_0_there_is_no_line(options):
     with Activity(console, shown=options["shown"]) as doing:
         doing("counting", 1, 4)
     assert console.file.getvalue() == ""
+
+
+def test_what_several_plans_have_in_common_is_said_once(capsys):
+    with screen(Console(file=io.StringIO()), 1):
+        for note in ("one thing", "another", "one thing"):
+            logging.getLogger("modelpar.planner").warning(note)
+    assert capsys.readouterr().err.splitlines() == ["one thing", "another"]

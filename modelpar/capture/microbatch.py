@@ -218,6 +218,11 @@ class Cutting:
             return _SHARED
         length = length_of(node, self.dim)
         if name in self.known.samples and length is not None:
+            if length != size and name.startswith("targets"):
+                raise ConfigError(
+                    f"the batch has {size} inputs and {length} targets; expected as many of each, as {name} had in the "
+                    "example batch"
+                )
             if length != size:
                 raise ConfigError(
                     f"{name} has {length} entries in a batch of {size} samples, and had one per sample in the example "
@@ -276,15 +281,18 @@ def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
 
 
 def counting_names(first: Any, size: int, second: Any, other: int, dim: int = 0, name: str = "output") -> set[str]:
-    """Returns the names of those parts of two outputs that are as long as their numbers of samples, which differ."""
-    lengths = length_of(first, dim), length_of(second, dim)
-    if lengths == (size, other):
-        return {name}
+    """Returns the names of those parts of two outputs that are as long as their numbers of samples.
+
+    Where these numbers are the same, a part may be so by chance, and so may what is inside it, which is named as well.
+    """
+    found = {name} if (length_of(first, dim), length_of(second, dim)) == (size, other) else set()
     children, others = _children(first)[0], _children(second)[0]
-    if not children or not others or [key for key, _ in children] != [key for key, _ in others]:
-        return set()
-    pairs = zip(children, others, strict=True)
-    return set().union(*(counting_names(a, size, b, other, dim, f"{name}.{key}") for (key, a), (_, b) in pairs))
+    if (found and size != other) or not children or not others:
+        return found
+    if [key for key, _ in children] == [key for key, _ in others]:
+        for (key, a), (_, b) in zip(children, others, strict=True):
+            found |= counting_names(a, size, b, other, dim, f"{name}.{key}")
+    return found
 
 
 def join(outputs: list[Any], sizes: Sequence[int], counting: set[str], dim: int = 0, name: str = "output") -> Any:

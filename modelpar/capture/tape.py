@@ -161,7 +161,7 @@ class Tape:
         recording = Recording(
             nodes=tuple(self._with_calls_that_count()),
             output=taken,
-            targets=None if targets is None else self._template(targets, ""),
+            targets=None if targets is None else self._of_targets(targets),
             batch=tuple(batch),
             num_samples=num_samples,
             guards=tuple(self.guards),
@@ -510,6 +510,12 @@ class Tape:
             return Template((Ref(number, None),), trees.flatten(0)[1])
         leaves, spec = trees.flatten(self._with_whole_trees(tree))
         return Template(tuple(self._leaf(leaf, line) for leaf in leaves), spec)
+
+    def _of_targets(self, targets: Any) -> Template:
+        """Returns the template of what the loss takes besides the output: objects that are no trees, such as arrays, as
+        they are."""
+        leaves, spec = trees.flatten(targets)
+        return Template(tuple(self._leaf_of(leaf, "") if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec)
 
     def _without_objects(self, output: Any) -> Any:
         """Puts None where the model's output holds an object that is no tree, such as a cache: it stays behind."""

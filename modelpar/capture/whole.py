@@ -90,7 +90,7 @@ def compare(objective: Objective, cutting: Cutting, model: nn.Module, batch: Bat
         except Exception as error:
             _refuse_misread(cutting, batch, num_microbatches, look, coarsest)
             _refuse_cut(cutting, batch, num_microbatches, look, error)
-            return Compared(known=known)
+            return Compared((), known, f"micro-batches were not compared with a batch: {describe(error)}")
         if found is None:
             return Compared(known=known)
         if any(seen.draws for seen in found.seen):
@@ -200,8 +200,8 @@ def _refuse_cut(
     samples, shared = (", ".join(names) or "none" for names in (cutting.known.samples, cutting.known.shared))
     raise ConfigError(
         f"the model runs on the batch and not on the first micro-batch of it ({describe(error)}); read as one entry "
-        f"per sample: {samples}; as shared: {shared}. Expected that, or shared=[…] with what else is shared, a tuple "
-        "where a list is no list of samples, or cut= for batches that are cut in another way"
+        f"per sample: {samples}; as shared: {shared}. Expected that, or shared=[…] with what else is shared, "
+        "a list for what is one per sample and a tuple for what is not, or cut= for batches that are cut in another way"
     ) from error
 
 
@@ -210,8 +210,9 @@ def _note(objective: Objective, batch: Batch, found: _Difference, coarsest: _Coa
     if found.output > max(_TOLERANCE, coarsest.step):
         return (
             "cutting batches changes the output: two micro-batches apart give another than together, by "
-            f"{found.output:.2g} of its size. The model compares samples with each other, or pads to the longest of them, which it can do within a "
-            "micro-batch only; fewer and larger micro-batches change that least. An input that all samples share is "
+            f"{found.output:.2g} of its size. The model compares samples with each other, or pads to the longest of "
+            "them, which it then does within each micro-batch; fewer and larger micro-batches change that least. An "
+            "input that all samples share is "
             "named by shared=[…]"
         )
     told = (

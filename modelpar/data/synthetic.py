@@ -54,7 +54,7 @@ def synthetic(
     num_samples: int = 4096,
     seed: int = 0,
     example: Batch | None = None,
-    shared: Sequence[str | int] = (),
+    shared: Sequence[str | int] | None = None,
 ) -> Arrays | Example:
     """Returns samples drawn from an example batch, or, without one, a task that can be learnt.
 
@@ -66,7 +66,7 @@ def synthetic(
     if num_samples < 1:
         raise ConfigError(f"data.num_samples is {num_samples}; expected at least 1")
     if example is not None:
-        return _of_example(example, num_samples, shared)
+        return _of_example(example, num_samples, shared or ())
     shape = [input_shape] if isinstance(input_shape, int) else list(input_shape)
     if num_classes < 1 or min(shape, default=1) < 1:
         raise ConfigError(f"data.num_classes is {num_classes} and data.input_shape {shape}; expected at least 1")
