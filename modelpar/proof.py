@@ -50,11 +50,11 @@ def verify(
         unsplit = Unsplit(objective, model, exact, seed)
         batches, left_out = _cut(unsplit, objective, batch, plan.num_microbatches, steps)
         doing("comparing single steps", 0, len(batches))
-        with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed) as pipeline:
+        with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed, check=False) as pipeline:
             checks = [*_single_steps(pipeline, unsplit, objective, batches, plan.num_microbatches, order, doing)]
         doing("comparing a training")
         unsplit.restart()
-        options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed}
+        options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed, "check": False}
         with Pipeline(objective, exact, workers=workers, **options) as pipeline:
             evaluated = _evaluation("evaluate at first", pipeline, unsplit, batch)
             checks += [evaluated, *_training(pipeline, unsplit, batches, order, optimizer, max_norm)]

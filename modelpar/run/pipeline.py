@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -16,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from modelpar.capture.capture import leaf_names
 from modelpar.capture.cut import cut_stage
+from modelpar.capture.deferred import deferred_in
 from modelpar.capture.graph import first_names, parameters_of
 from modelpar.capture.objective import (
     Batch,
@@ -31,12 +33,16 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
-from modelpar.run import cuda, wire
+from modelpar.planning.verdict import Check
+from modelpar.run import cuda, first_step, wire
+from modelpar.run.first_step import UnsplitModel
 from modelpar.run.numerics import Numerics
 from modelpar.run.stage_runner import RunContext
 from modelpar.run.update import OptimizerFactory, Settings, check_settings
 from modelpar.run.variants import Variant, Variants
 from modelpar.run.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -73,6 +79,9 @@ class Pipeline:
     step. `max_norm` clips the gradients of the whole model by their 2-norm. A Pipeline given no workers starts
     processes of its own. The user's module is never changed: `state_dict()` returns the trained weights.
 
+    With `check`, before the first step its first micro-batch is run by the user's module as well: SplitMismatch is
+    raised where its loss or a gradient is another, and nothing is trained. The attribute `check` says what came of it.
+
     Raises PlanMismatch where the plan was made for another model and ConfigError for arguments that cannot be used,
     before anything runs.
     """
@@ -87,6 +96,7 @@ class Pipeline:
         lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         max_norm: float | None = None,
         seed: int = 0,
+        check: bool = True,
     ):
         if workers is not None and workers.num_ranks < plan.num_ranks:
             raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
@@ -96,6 +106,11 @@ class Pipeline:
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
+        self.check: Check | None = None
+        """What came of comparing the first micro-batch with the unsplit model; None before, and where nobody asked."""
+        self._wants_check = check
+        self._unsplit_model: UnsplitModel | None = None
+        self._has_loaded = False
         self._step = 0
         self._under_way: deque[_Submitted] = deque()
         self._learning: list[tuple[int, int]] = []
@@ -105,9 +120,10 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
-        self._step = 0
+        self._step, self.check, self._has_loaded = 0, None, False
         self._under_way.clear()
         model = self._objective.build(self._settings.seed)
+        self._unsplit_model = UnsplitModel(model) if self._wants_check else None
         self._plan.check_parameters(parameters_of(model))
         self._variants = Variants(self._objective, self._plan, self._unsplit(model))
         self._model_shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
@@ -141,7 +157,7 @@ class Pipeline:
                         self._command(rank, "unload")
         finally:
             self._exits.__exit__(kind, error, traceback)
-            self._workers = None
+            self._workers = self._unsplit_model = None
 
     def step(self, batch: Batch) -> StepResult:
         """Trains on one batch (inputs, targets) and returns its loss, norm and timeline.
@@ -220,16 +236,56 @@ class Pipeline:
             if found != shape:
                 raise ConfigError(f"the state's {name} has shape {list(found or [])}; expected {list(shape or [])}")
         self._ask_all("load_state_dict", state=cuda.staged(state))
+        self._has_loaded = True
 
     def _submit(self, batch: Batch, data_wait: float) -> _Submitted:
         if self._settings.optimizer is None:
             raise ConfigError("this pipeline has no optimizer; expected Pipeline(..., optimizer=...) to train")
         step = self._step
+        if self._unsplit_model is not None:
+            self._check_first(batch)
         run, sizes, tickets = self._start("train", batch, step, data_wait)
         self._step += 1
         submitted = _Submitted(step, run, tickets, batch, sizes)
         self._under_way.append(submitted)
         return submitted
+
+    def _check_first(self, batch: Batch) -> None:
+        """Compares the first micro-batch's loss and gradients with the unsplit model's, which is not kept any longer.
+
+        Raises SplitMismatch; then nothing has changed.
+        """
+        unsplit = self._unsplit_model
+        assert unsplit is not None
+        if deferred_in(unsplit.model):
+            reason = "not compared: no process holds the whole model; `modelpar verify` makes it and compares"
+            self._say_check(Check(first_step.NAME, False, reason, compared=False))
+            return
+        inputs, targets = _checked(batch)
+        dim = self._objective.batch_dim
+        sizes = microbatch_sizes(batch_size(inputs, dim), self._plan.num_microbatches)
+        microbatch = split_batch(inputs, sizes, dim)[0], split_batch(targets, sizes, dim)[0]
+        context = RunContext("check", 0, (sizes[0],))
+        _, tickets = self._dispatch(context, [microbatch[0]], [microbatch[1]])
+        total = self._merged(tickets)["total"]
+        found = first_step.Gradients(total, first_step.joined(self._ask_all("take_gradients")))
+        draws, seed = self._variant("train", microbatch).draws, self._settings.seed
+
+        def run() -> first_step.Gradients:
+            return unsplit.gradients(self._objective, self._plan, microbatch, sizes[0], draws, seed)
+
+        others = self.state_dict() if self._has_loaded or unsplit.has_changed else {}
+        try:
+            with self._need_workers().generators, unsplit.with_weights(others):
+                check = first_step.compare(found, run(), self._plan, iter(run, None))
+        except torch.OutOfMemoryError:
+            reason = "not compared: the unsplit model does not fit the last stage's device beside the stage"
+            check = Check(first_step.NAME, False, reason, compared=False)
+        self._say_check(check)
+
+    def _say_check(self, check: Check) -> None:
+        self.check, self._unsplit_model = check, None
+        _log.info("%s: %s", check.what, check.detail)
 
     def _start(
         self, mode: str, batch: Batch, step: int, data_wait: float = 0.0
@@ -250,7 +306,7 @@ class Pipeline:
     ) -> tuple[int, list[tuple[int, int]]]:
         """Tells all ranks to run micro-batches, and sends these; returns the run's number and the tickets."""
         workers = self._need_workers()
-        mode = "train" if context.mode == "locate" else context.mode
+        mode = "train" if context.mode in ("check", "locate") else context.mode
         microbatches = list(zip(inputs, targets, strict=True))
         variants = [self._variant(mode, microbatch) for microbatch in microbatches]
         context = context._replace(variants=tuple(variant.number for variant in variants))
@@ -277,7 +333,8 @@ class Pipeline:
         """Returns what the ranks do with a micro-batch, and tells them where it is new."""
         found = self._variants.find(mode, microbatch)
         if found is None:
-            found = self._variants.add(mode, microbatch)
+            with self._need_workers().generators:
+                found = self._variants.add(mode, microbatch)
             for rank in range(self._plan.num_ranks):
                 homes = enumerate(self._plan.schedule.stage_to_rank)
                 routines = {stage: found.routines[stage] for stage, home in homes if home == rank}

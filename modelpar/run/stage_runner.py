@@ -230,11 +230,15 @@ class StageRunner:
 
     def undo(self) -> None:
         """Forgets an unfinished step: its activations, gradients and changes to buffers."""
+        self.forget()
+        for name, value in self._kept.items():
+            self.program.module.get_buffer(name).detach().copy_(value)
+
+    def forget(self) -> None:
+        """Drops activations, losses and gradients."""
         self._live.clear()
         self.losses.clear()
         self.program.module.zero_grad(set_to_none=True)
-        for name, value in self._kept.items():
-            self.program.module.get_buffer(name).detach().copy_(value)
 
     def first_nonfinite(self, values: dict[str, Any], context: RunContext) -> tuple[Any, str | None]:
         """Runs forward on one micro-batch; returns the values given and the first module whose output is not finite."""
