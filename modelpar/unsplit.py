@@ -79,6 +79,7 @@ class Unsplit:
     def refuses(self, batch: Batch) -> str:
         """Returns why the module itself cannot train on a batch's micro-batches; empty where it can."""
         self.restart()
+        self._random.attach(frozenset())
         try:
             with torch.random.fork_rng():
                 for piece, size in self._microbatches(batch):
@@ -147,6 +148,7 @@ class Unsplit:
             pieces = [piece for piece, _ in self._microbatches(batch)]
             if any(self._draws("evaluate", piece) for piece in pieces):  # other numbers for a whole batch
                 return
+            self._random.attach(frozenset())
             with torch.no_grad(), in_mode(self._model, "evaluate"):
                 whole = self._loss(batch, batch_size(batch[0], self._objective.batch_dim))
             parts, full = self.evaluate(batch), float(whole.total) / whole.count

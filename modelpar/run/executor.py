@@ -137,8 +137,10 @@ class Executor:
         """Returns the gradients by stage and by the FQN that the model has for them first, and undoes their run."""
         found = {}
         for (stage, runner), kept in zip(self._runners.items(), self._kept, strict=True):
-            names, named = runner.program.first_names, runner.program.module.named_parameters()
-            found[stage] = {names.get(name, name): p.grad.cpu() for name, p in named if p.grad is not None}
+            program, named = runner.program, runner.program.module.named_parameters()
+            others = program.copies if self._plan.tied == "exact" else ()  # whose gradients the owner has got
+            own = {name: p.grad for name, p in named if p.grad is not None and name not in others}
+            found[stage] = {program.first_names.get(name, name): grad.cpu() for name, grad in own.items()}
             runner.forget()
             kept.restore()
         self._kept = []

@@ -45,10 +45,11 @@ class UnsplitModel:
     def __init__(self, model: nn.Module):
         self.model = model
         self._training = [(module, module.training) for module in model.modules()]
+        self._handed_out = Kept(model)
         self._versions = self._now()
 
     def _now(self) -> list[int]:
-        return [tensor._version for tensor in (*self.model.parameters(), *self.model.buffers())]
+        return [parameter._version for parameter in self.model.parameters()]
 
     @property
     def has_changed(self) -> bool:
@@ -56,21 +57,43 @@ class UnsplitModel:
         return self._versions != self._now()
 
     def gradients(
+        self,
+        objective: Objective,
+        plan: Plan,
+        batch: Batch,
+        num_samples: int,
+        draws: frozenset[str],
+        seed: int,
+        state: Mapping[str, Tensor],
+    ) -> Gradients:
+        """Runs a micro-batch of step 0 as the ranks do, with the weights and buffers of a state dict where it has them.
+
+        The module is as before afterwards.
+        """
+        now = Kept(self.model)
+        flags = [(module, module.training) for module, _ in self._training]
+        try:
+            self._handed_out.restore()
+            for module, training in self._training:
+                module.training = training
+            with self._with_weights(state):
+                return self._run(objective, plan, batch, num_samples, draws, seed)
+        finally:
+            now.restore()
+            for module, training in flags:
+                module.training = training
+
+    def _run(
         self, objective: Objective, plan: Plan, batch: Batch, num_samples: int, draws: frozenset[str], seed: int
     ) -> Gradients:
-        """Runs a micro-batch of step 0, as the ranks do; the module is as before afterwards."""
         device = torch.device(plan.cluster.devices[-1])
         model = self.model if device.type == "cpu" else wire.receive(wire.ship_as("the model", self.model)).to(device)
         inputs, targets = (trees.map_tensors(lambda t: t.detach().clone().to(device), part) for part in batch)
         threads = torch.get_num_threads()
-        flags = [(module, module.training) for module, _ in self._training]
-        kept = Kept(self.model)
         random = KeyedRandom(model, (), seed, device)
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             try:
                 torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits
-                for module, training in self._training:
-                    module.training = training
                 random.attach(draws)
                 with random.microbatch(0, 0):
                     loss = loss_of(objective.loss, run(model, inputs), targets, num_samples)
@@ -81,13 +104,10 @@ class UnsplitModel:
             finally:
                 torch.set_num_threads(threads)
                 random.attach(frozenset())
-                for module, training in flags:
-                    module.training = training
-                kept.restore()
         return Gradients(float(loss.total.detach()), found)
 
     @contextmanager
-    def with_weights(self, state: Mapping[str, Tensor]) -> Iterator[None]:
+    def _with_weights(self, state: Mapping[str, Tensor]) -> Iterator[None]:
         """Has the module compute with other weights and buffers meanwhile."""
         tensors = {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
         before = [(tensor, tensor.data) for tensor in tensors.values()]

@@ -263,6 +263,8 @@ class Pipeline:
             return
         inputs, targets = _checked(batch)
         dim = self._objective.batch_dim
+        check_lengths(targets, batch_size(inputs, dim), dim)
+        _refuse_autocast()
         sizes = microbatch_sizes(batch_size(inputs, dim), self._plan.num_microbatches)
         microbatch = split_batch(inputs, sizes, dim)[0], split_batch(targets, sizes, dim)[0]
         context = RunContext("check", 0, (sizes[0],))
@@ -271,12 +273,13 @@ class Pipeline:
         found = first_step.Gradients(total, first_step.joined(self._ask_all("take_gradients")))
         draws, seed = self._variant("train", microbatch).draws, self._settings.seed
 
-        def run() -> first_step.Gradients:
-            return unsplit.gradients(self._objective, self._plan, microbatch, sizes[0], draws, seed)
-
         others = self.state_dict() if self._has_loaded or unsplit.has_changed else {}
+
+        def run() -> first_step.Gradients:
+            return unsplit.gradients(self._objective, self._plan, microbatch, sizes[0], draws, seed, others)
+
         try:
-            with self._need_workers().generators, unsplit.with_weights(others):
+            with self._need_workers().generators:
                 check = first_step.compare(found, run(), self._plan, iter(run, None))
         except torch.OutOfMemoryError:
             reason = "not compared: the unsplit model does not fit the last stage's device beside the stage"
