@@ -125,7 +125,8 @@ def test_the_module_and_the_generators_are_as_before(workers):
     finally:
         torch.set_num_threads(1)
     assert_same(model.state_dict(), before)
-    assert model.first.weight.grad is grad and torch.equal(grad, torch.ones(8, 8))
+    assert model.first.weight.grad is grad
+    assert torch.equal(grad, torch.ones(8, 8))
     assert torch.equal(torch.get_rng_state(), state)
     assert (model.training, model.norm.training) == (True, False)
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
@@ -155,7 +156,9 @@ def test_a_gradient_that_is_lost_is_found(threads, monkeypatch):
 def test_a_tied_gradient_that_is_lost_is_found(threads, monkeypatch):
     monkeypatch.setattr(StageRunner, "take_grad", lambda runner, name: [None])
     message = refused(pipeline_of(build(), threads))
-    assert message.startswith("split = unsplit: the gradient of embed.weight (layer embed, stage 0) differs by at most ")
+    assert message.startswith(
+        "split = unsplit: the gradient of embed.weight (layer embed, stage 0) differs by at most "
+    )
     assert "in all" not in message
 
 
@@ -184,7 +187,9 @@ def test_a_routine_that_leaves_something_out_is_found(threads, monkeypatch):
 
     def shorter(*arguments, real=variants.cut_routine):
         routine = real(*arguments)
-        steps = [replace(s, node=replace(s.node, target=torch.sin)) if s.node.name == "tanh" else s for s in routine.steps]
+        steps = [
+            replace(s, node=replace(s.node, target=torch.sin)) if s.node.name == "tanh" else s for s in routine.steps
+        ]
         return replace(routine, steps=tuple(steps))
 
     monkeypatch.setattr(variants, "cut_routine", shorter)
@@ -278,10 +283,12 @@ def test_what_is_kept_comes_back():
     model[1].running_mean = torch.ones(8)
     model[1].running_var.copy_(torch.ones(8) * 7)
     kept.restore()
-    assert model[1].running_mean is buffer and torch.equal(buffer, torch.zeros(8))
+    assert model[1].running_mean is buffer
+    assert torch.equal(buffer, torch.zeros(8))
     assert torch.equal(model[1].running_var, torch.ones(8))
     assert (model[0].calls, model[0].seen, model[0].table, model[0].names) == (0, [], {"a": 1}, {"x"})
-    assert model[0].sum is kept_sum and torch.equal(kept_sum, torch.zeros(8))
+    assert model[0].sum is kept_sum
+    assert torch.equal(kept_sum, torch.zeros(8))
     assert not hasattr(model[0], "more")
     kept.restore()
     assert model[1].running_var._version >= version

@@ -80,7 +80,9 @@ def trained(kind, workers, **how):
 
 
 @pytest.mark.parametrize(
-    ("kind", "plain"), [(Reentrant, Plain), (NonReentrant, Plain), (Nested, PlainNested)], ids=lambda kind: kind.__name__
+    ("kind", "plain"),
+    [(Reentrant, Plain), (NonReentrant, Plain), (Nested, PlainNested)],
+    ids=lambda kind: kind.__name__,
 )
 def test_a_checkpoint_changes_no_number(workers, kind, plain):
     losses, state, names = trained(kind, workers)
@@ -143,7 +145,7 @@ def test_a_checkpoint_that_keeps_no_random_state_is_one_clear_error():
     x = torch.ones(8, requires_grad=True)
     with random.microbatch(0, 0):
         y = checkpoint(drop, x, use_reentrant=False, preserve_rng_state=False)
-    with random.held(), pytest.raises(RunError, match="0 drew random numbers outside of forward.*preserve_rng_state"):
+    with random.held(), pytest.raises(RunError, match=r"0 drew random numbers outside of forward.*preserve_rng_state"):
         y.sum().backward()
 
 
