@@ -104,7 +104,7 @@ def _run(
         generator=one_f_one_b,
         num_threads=setting.num_threads,
     )
-    with Pipeline(objective, plan, workers=workers, optimizer=optimizer) as pipeline:
+    with Pipeline(objective, plan, workers=workers, optimizer=optimizer, check=False) as pipeline:
         return [pipeline.step(batch).timeline for _ in range(_WARMUP_STEPS + steps)][_WARMUP_STEPS:], profile
 
 

@@ -13,6 +13,7 @@
         ├── StartError           the workers could not be started
         ├── StageError           an exception inside a stage, with its traceback
         ├── NonFiniteLoss        the loss became inf or nan
+        ├── SplitMismatch        gradients of the first micro-batch that are not those of the unsplit model
         ├── WorkerLost           a worker process ended or fell silent
         └── StepTimeout          a step took longer than allowed
 
@@ -77,6 +78,10 @@ class StageError(RunError):
 
 class NonFiniteLoss(RunError):
     """Reports a loss that became inf or nan, and the first layer whose output did."""
+
+
+class SplitMismatch(RunError):
+    """Reports that the first micro-batch has another loss or gradient than in the unsplit model; nothing is trained."""
 
 
 class WorkerLost(RunError):

@@ -12,6 +12,7 @@ from torch import nn
 from modelpar.capture.deferred import materialize
 from modelpar.capture.objective import Batch, Objective
 from modelpar.compared import compare_outputs, compare_states, compare_values
+from modelpar.errors import ModelparError, StageError, describe
 from modelpar.planning.doing import Doing, silent
 from modelpar.planning.plan import Plan
 from modelpar.planning.verdict import Check, Verdict
@@ -49,15 +50,18 @@ def verify(
         unsplit = Unsplit(objective, model, exact, seed)
         batches, left_out = _cut(unsplit, batch, plan.num_microbatches, steps)
         doing("comparing single steps", 0, len(batches))
-        with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed) as pipeline:
+        with Pipeline(objective, exact, workers=workers, optimizer=_to_gradients, seed=seed, check=False) as pipeline:
             checks = [*_single_steps(pipeline, unsplit, batches, plan.num_microbatches, order, doing)]
         doing("comparing a training")
         unsplit.restart()
-        options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed}
+        options: dict[str, Any] = {"optimizer": optimizer, "max_norm": max_norm, "seed": seed, "check": False}
         with Pipeline(objective, exact, workers=workers, **options) as pipeline:
-            checks += _training(pipeline, unsplit, batches, order, optimizer, max_norm)
+            evaluated = _evaluation("evaluate at first", pipeline, unsplit, batch)
+            checks += [evaluated, *_training(pipeline, unsplit, batches, order, optimizer, max_norm)]
             doing("comparing evaluation and prediction")
-            checks += _without_training(pipeline, unsplit, objective, batch)
+            if evaluated.compared:  # again, with other weights: what the model kept of the old ones must be gone
+                checks.append(_evaluation("evaluate", pipeline, unsplit, batch))
+            checks.append(_prediction(pipeline, unsplit, objective, batch))
         unsplit.restart()
         return Verdict(tuple(checks), (*left_out, *unsplit.notes(batch), *_tied_notes(plan)))
     finally:
@@ -134,15 +138,45 @@ def _training(
     yield compare_states("each rank's weights and buffers", own, copies)
 
 
-def _without_training(pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batch: Batch) -> Iterator[Check]:
-    """Compares evaluation and prediction with the trained weights."""
-    yield compare_values("evaluate", [pipeline.evaluate([batch]).loss], [unsplit.evaluate(batch)])
+def _evaluation(what: str, pipeline: Pipeline, unsplit: Unsplit, batch: Batch) -> Check:
+    """Compares evaluation on a batch, where both can do it."""
+    try:
+        expected = unsplit.evaluate(batch)
+        return compare_values(what, [pipeline.evaluate([batch]).loss], [expected])
+    except StageError:  # only the split model failed
+        raise
+    except Exception as error:
+        return _not_compared(what, error)
+
+
+def _prediction(pipeline: Pipeline, unsplit: Unsplit, objective: Objective, batch: Batch) -> Check:
+    """Compares prediction, sample by sample, on samples where both can do it."""
     size = unsplit.cutting.size(*batch)
     pieces = [microbatch.inputs for microbatch in unsplit.cutting.cut((batch[0], None), size)[:4]]
-    expected = unsplit.predict(pieces)
-    if objective.join is not None:
-        expected = [objective.join([output]) for output in expected]
-    yield compare_outputs("predict", [pipeline.predict(piece) for piece in pieces], expected)
+    found, expected, failed = [], [], list[Exception]()
+    for piece in pieces:
+        try:
+            there = unsplit.predict(piece)
+            there = there if objective.join is None else objective.join([there])
+            found.append(pipeline.predict(piece))
+            expected.append(there)
+        except StageError:
+            raise
+        except Exception as error:
+            failed.append(error)
+    if not found:
+        return _not_compared("predict", failed[0])
+    check = compare_outputs("predict", found, expected)
+    return replace(check, detail=f"{check.detail}; {len(failed)} left out: {_said(failed[0])}") if failed else check
+
+
+def _not_compared(what: str, error: Exception) -> Check:
+    return Check(what, False, f"not compared: {_said(error)}", compared=False)
+
+
+def _said(error: Exception) -> str:
+    """Returns an error in one line."""
+    return " ".join((str(error) if isinstance(error, ModelparError) else describe(error)).split())
 
 
 def _cut(unsplit: Unsplit, batch: Batch, most: int, steps: int) -> tuple[list[Batch], tuple[str, ...]]:
@@ -160,6 +194,8 @@ def _cut(unsplit: Unsplit, batch: Batch, most: int, steps: int) -> tuple[list[Ba
                 f"batches of {number} samples were left out: the unsplit model cannot train on them in "
                 f"{min(number, most)} micro-batches ({reason})"
             )
+        elif reason := unsplit.cannot_be_split(first):
+            notes.append(f"batches of {number} samples were left out: {reason}")
         else:
             kept.append(first)
     return [kept[step % len(kept)] for step in range(steps)], tuple(notes)

@@ -103,6 +103,7 @@ class Task:
             lr_schedule=self.lr_schedule,
             max_norm=self.config.training.max_norm,
             seed=self.config.training.seed,
+            check=self.config.pipeline.check,
         )
 
 

@@ -108,6 +108,8 @@ def _loop(
                 last = time.perf_counter()
                 for result in pipeline.steps(coming):
                     now = time.perf_counter()
+                    if pipeline.check and not record.results:
+                        progress.say(f"{pipeline.check.what}: {pipeline.check.detail}")
                     seconds, last = now - last, now
                     record.results.append(result)
                     record.step_seconds.append(seconds)

@@ -7,9 +7,7 @@ it shares with the pipeline is how a batch is cut, how a loss is read off an out
 from __future__ import annotations
 
 import copy
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -18,25 +16,26 @@ from torch import Tensor, nn
 from modelpar.capture import trees
 from modelpar.capture.microbatch import Cutting, Microbatch
 from modelpar.capture.objective import Batch, LossResult, Objective, in_mode, loss_of, run
-from modelpar.errors import describe
+from modelpar.errors import CaptureError, describe
 from modelpar.planning.plan import Plan
-from modelpar.run.rng import random_key
+from modelpar.run import wire
+from modelpar.run.rng import EVALUATION, KeyedRandom
 from modelpar.run.update import OptimizerFactory, gradient_norms
+from modelpar.run.variants import Variants
 
 
 class Unsplit:
     """A copy of the module, on the device of the last stage; `restart` puts its weights and buffers back."""
 
     def __init__(self, objective: Objective, model: nn.Module, plan: Plan, seed: int):
-        self._objective, self._plan, self._seed = objective, plan, seed
+        self._objective, self._plan = objective, plan
         self.cutting = Cutting.of(objective, plan.batch)
         self._device = torch.device(plan.cluster.devices[-1])
-        values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
-        computed = {id(value): value.detach().clone() for value in values}  # by hooks, which will do so again
-        self._model = _copy(model, computed).to(self._device)
+        self._model: nn.Module = wire.receive(wire.ship_as("the model", model)).to(self._device)  # as the stages are
         self._start = copy.deepcopy(model.state_dict())
         self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
-        self._draws = tuple(dict.fromkeys(name for layer in plan.graph.layers for name in layer.draws))
+        self._variants = Variants(objective, plan, lambda: model)
+        self._random = KeyedRandom(self._model, (), seed, self._device)
 
     def restart(self) -> None:
         """Puts weights and buffers, also those that no state dict has, back to where they began."""
@@ -77,13 +76,27 @@ class Unsplit:
     def refuses(self, batch: Batch) -> str:
         """Returns why the module itself cannot train on a batch's micro-batches; empty where it can."""
         self.restart()
+        self._random.attach(frozenset())
         try:
-            self.gradients(batch, 0)
+            with torch.random.fork_rng():
+                for microbatch in self._microbatches(batch):
+                    part = self._loss(microbatch)
+                    if part.count and part.total.requires_grad:
+                        part.total.backward()  # type: ignore[no-untyped-call]
         except Exception as error:
             return " ".join(describe(error).split())
         finally:
             self._model.zero_grad(set_to_none=True)
             self.restart()
+        return ""
+
+    def cannot_be_split(self, batch: Batch) -> str:
+        """Returns why what the module does with a batch's micro-batches cannot be split; empty where it can."""
+        try:
+            for microbatch in self._microbatches(batch):
+                self._draws("train", microbatch)
+        except CaptureError as error:
+            return " ".join(str(error).split())
         return ""
 
     def train(
@@ -102,16 +115,22 @@ class Unsplit:
     def evaluate(self, batch: Batch) -> float:
         """Returns the loss in eval mode, summed over micro-batches."""
         with torch.no_grad(), in_mode(self._model, "evaluate"):
-            parts = [self._loss(microbatch) for microbatch in self._microbatches(batch)]
+            parts = [
+                self._keyed_loss("evaluate", microbatch, EVALUATION, i)
+                for i, microbatch in enumerate(self._microbatches(batch))
+            ]
         total = parts[0].total
         for part in parts[1:]:
             total = total + part.total
         return float(total) / sum(part.count for part in parts)
 
-    def predict(self, pieces: list[Any]) -> list[Any]:
-        """Returns the outputs in eval mode."""
+    def predict(self, inputs: Any) -> Any:
+        """Returns the output for a micro-batch in eval mode."""
+        draws = self._draws("predict", (inputs, None))
         with torch.no_grad(), in_mode(self._model, "predict"):
-            return [run(self._model, self._moved(inputs)) for inputs in pieces]
+            self._random.attach(draws)
+            with self._random.microbatch(EVALUATION, 0):
+                return run(self._model, self._moved(inputs))
 
     def notes(self, batch: Batch) -> Iterator[str]:
         """Says what micro-batches change whether or not the model is split."""
@@ -122,9 +141,16 @@ class Unsplit:
                 "micro-batch at a time, not the batch, as it does with gradient accumulation. Where that matters, use "
                 "GroupNorm, or fewer and larger micro-batches"
             )
-        with torch.no_grad(), in_mode(self._model, "evaluate"):
-            whole = self._loss(self.cutting.first(batch, self.cutting.size(*batch)))
-        parts, full = self.evaluate(batch), float(whole.total) / whole.count
+        try:
+            microbatches = self._microbatches(batch)
+            if any(self._draws("evaluate", microbatch) for microbatch in microbatches):  # others for a whole batch
+                return
+            self._random.attach(frozenset())
+            with torch.no_grad(), in_mode(self._model, "evaluate"):
+                whole = self._loss(self.cutting.first(batch, self.cutting.size(*batch)))
+            parts, full = self.evaluate(batch), float(whole.total) / whole.count
+        except Exception:  # the verdict says that it cannot be evaluated
+            return
         if abs(parts - full) > 1e-4 * max(abs(full), 1e-8):
             yield (
                 f"the loss of a whole batch is {full:.6g}, that of its {self._plan.num_microbatches} micro-batches "
@@ -132,6 +158,18 @@ class Unsplit:
                 "samples, such as tokens that are not ignored. For the latter, give a loss that returns "
                 "LossResult(total=sum, count=number of tokens)"
             )
+
+    def _draws(self, mode: str, microbatch: Microbatch) -> frozenset[str]:
+        """Returns the modules that draw in a micro-batch, as the pipeline finds them: by recording the model."""
+        parts = microbatch[:2]
+        variant = self._variants.find(mode, parts) or self._variants.add(mode, parts)
+        return variant.draws
+
+    def _keyed_loss(self, mode: str, microbatch: Microbatch, step: int, number: int) -> LossResult:
+        """Returns the loss of a micro-batch, with the random numbers that the pipeline draws for it."""
+        self._random.attach(self._draws(mode, microbatch))
+        with self._random.microbatch(step, number):
+            return self._loss(microbatch)
 
     def _loss(self, microbatch: Microbatch) -> LossResult:
         inputs, targets = map(self._moved, microbatch[:2])
@@ -147,10 +185,10 @@ class Unsplit:
         """Leaves the gradients of the mean loss in the parameters; returns that loss."""
         total, count = None, 0.0
         for i, microbatch in enumerate(self._microbatches(batch)):
-            with _keyed(self._model, self._draws, self._seed, step, i):
-                part = self._loss(microbatch)
+            part = self._keyed_loss("train", microbatch, step, i)
             if part.count and part.total.requires_grad:
-                part.total.backward()  # type: ignore[no-untyped-call]
+                with self._random.held():
+                    part.total.backward()  # type: ignore[no-untyped-call]
             total = part.total.detach() if total is None else total + part.total.detach()
             count += part.count
         for parameter in self._model.parameters():
@@ -166,42 +204,3 @@ def _clipped(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
         norms = gradient_norms({str(i): p.grad for i, p in enumerate(parameters) if p.grad is not None})
         return torch.linalg.vector_norm(torch.stack([*norms.values()]))
     return nn.utils.clip_grad_norm_(parameters, float("inf") if max_norm is None else max_norm)
-
-
-def _copy(model: nn.Module, known: dict[int, Any]) -> nn.Module:
-    """Copies a model; its parameters keep their attributes, which deepcopy drops. `known` is deepcopy's memo."""
-    copied = copy.deepcopy(model, known)
-    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
-        vars(ours).update(copy.deepcopy(vars(theirs), known))
-    return copied
-
-
-@contextmanager
-def _keyed(model: nn.Module, draws: Sequence[str], seed: int, step: int, microbatch: int) -> Iterator[None]:
-    """Seeds each call of the modules that draw, as the pipeline does, and restores the generators."""
-    calls: Counter[str] = Counter()
-    saved: list[list[Tensor]] = []
-    generators = (torch.default_generator, *torch.cuda.default_generators)
-
-    def before(name: str) -> Callable[..., None]:
-        def hook(*_: Any) -> None:
-            saved.append([generator.get_state() for generator in generators])
-            for generator in generators:
-                generator.manual_seed(random_key(seed, step, microbatch, name, calls[name]))
-            calls[name] += 1
-
-        return hook
-
-    def after(*_: Any) -> None:
-        for generator, state in zip(generators, saved.pop(), strict=True):
-            generator.set_state(state)
-
-    handles: list[Any] = []
-    for name in draws:
-        module = model.get_submodule(name)
-        handles += [module.register_forward_pre_hook(before(name), prepend=True), module.register_forward_hook(after)]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -471,10 +471,24 @@ def casts(self, x):
     return x * (x > 0).type(x.dtype)
 
 
-@pytest.mark.parametrize("act", [scripted, under_vmap, from_arrays, casts])
+@pytest.mark.parametrize("act", [under_vmap, from_arrays, casts])
 def test_calls_that_no_mode_sees_are_followed(act, workers):
     found = trains_equal(workers, Net(act))
     assert len(found.graph.layers) > 4
+
+
+def test_scripted_functions_are_followed_and_travel(workers):
+    torch.manual_seed(5)
+    model, (batch,) = Net(scripted), batches(8)
+    objective = Objective(model, F.cross_entropy)
+    found = plan(objective, batch, num_ranks=2, num_microbatches=2, profile="flops", num_threads=1)
+    assert len(found.graph.layers) > 4
+    with Pipeline(objective, found, workers=workers, optimizer=sgd) as pipeline:
+        loss = pipeline.step(batch).loss
+        assert pipeline.check.passed
+    assert loss == pytest.approx(
+        float(F.cross_entropy(model(batch[0]), batch[1])), rel=1e-5
+    )  # torch compiles as it runs
 
 
 def test_what_depends_on_a_value_unseen_shows_on_another_micro_batch():

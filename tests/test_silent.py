@@ -108,14 +108,14 @@ def test_a_loss_or_an_optimizer_that_holds_on_to_the_model_is_refused():
         train(model, planned(model, [2, 1]), [some()], optimizer=lambda _: SGD(model.parameters()))
 
 
-def test_a_module_that_draws_cannot_be_recomputed_in_backward():
+def test_a_module_that_draws_is_recomputed_only_with_the_random_state_of_forward():
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
             self.inner = nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5), nn.Tanh())
 
         def forward(self, x):
-            return checkpoint(self.inner, x, use_reentrant=False)
+            return checkpoint(self.inner, x, use_reentrant=False, preserve_rng_state=False)
 
     model = four(Checkpointed())
     with pytest.raises(StageError, match="drew random numbers outside of forward"):

@@ -12,7 +12,6 @@ from torch import nn
 from unsplit import make_plan
 
 from modelpar import LossResult, Objective, Plan, verify
-from modelpar.run import stage_runner
 from modelpar.run.stage_runner import StageRunner
 
 
@@ -114,12 +113,10 @@ def test_a_tied_gradient_that_is_lost_is_found(threads, monkeypatch):
 
 
 def test_another_dropout_mask_is_found(threads, monkeypatch):
-    real = stage_runner.KeyedRandom.microbatch
-    monkeypatch.setattr(
-        stage_runner.KeyedRandom,
-        "microbatch",
-        lambda random, step, i, *calls: real(random, step, 7 if i == 2 else i, *calls),
-    )
+    def other(runner, microbatch, values, context, real=StageRunner.forward):
+        return real(runner, microbatch, values, context._replace(first=5) if microbatch == 2 else context)
+
+    monkeypatch.setattr(StageRunner, "forward", other)
     found = failures(verified(Residual(), workers=threads))
     assert ", unsplit " in found["loss, step 0, 10 samples"]
     assert found["gradients, step 0, 10 samples"].endswith("with one sample each it begins in micro-batch 2")
@@ -211,15 +208,15 @@ def test_the_command_prints_a_line_per_check_and_writes_the_verdict(folder):
     assert (outcome.code, outcome.err) == (0, "")
     shown = outcome.out.splitlines()
     assert shown[0].startswith("2 stages by optimal, 4 micro-batches")
-    assert sum(line.startswith("✓  ") for line in shown) == 13
+    assert sum(line.startswith("✓  ") for line in shown) == 14
     assert shown[-2:] == [
         "runs/mine/verify.json",
-        "the split model equals the unsplit one to the bit in all 13 checks",
+        "the split model equals the unsplit one to the bit in all 14 checks",
     ]
     assert listing(folder / "runs" / "mine") == {"config.yaml", "plan.json", "verify.json"}
     written = json.loads((folder / "runs" / "mine" / "verify.json").read_text())
     assert written["passed"]
-    assert len(written["checks"]) == 13
+    assert len(written["checks"]) == 14
     assert Plan.load(folder / "runs" / "mine" / "plan.json").num_stages == 2
 
 

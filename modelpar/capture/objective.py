@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -127,16 +128,54 @@ def run(model: nn.Module, inputs: Any) -> Any:
 
 @contextmanager
 def in_mode(model: nn.Module, mode: str) -> Iterator[None]:
-    """Puts all modules into eval mode unless the model is to train, and back."""
+    """Puts a model into eval mode unless it is to train, and back, as `eval()` and `train()` do.
+
+    Modules may do more there than setting a flag, such as dropping what they computed from weights. Afterwards every
+    flag is as it was: a user may have put some modules into eval mode.
+    """
     before = [(module, module.training) for module in model.modules()]
-    if mode != "train":
-        for module, _ in before:
-            module.training = False
+    if mode != "train" and not _is_done(model, "eval"):
+        _switch(model, False)
     try:
         yield
     finally:
+        if mode != "train":
+            _switch_back(model, dict(before))
         for module, training in before:
             module.training = training
+
+
+def _switch(module: nn.Module, training: bool) -> None:
+    """Does what `module.train(training)` does, and by hand where a module has a method `train` for something else."""
+    if _is_done(module, "train", training):
+        return
+    module.training = training
+    for child in module.children():
+        _switch(child, training)
+
+
+def _is_done(module: nn.Module, name: str, *mode: bool) -> bool:
+    """Calls a module's own `train(mode)` or `eval()` where it has one; returns whether it did."""
+    method = getattr(type(module), name, None)
+    if method is getattr(nn.Module, name) or not callable(method):
+        return False
+    try:
+        first, *_ = [*inspect.signature(getattr(module, name)).parameters.values(), None]
+        if first is None or first.name == "mode" or isinstance(first.default, bool):
+            getattr(module, name)(*mode)
+            return True
+    except Exception:  # its mode is that of the flags, then
+        return False
+    return False
+
+
+def _switch_back(module: nn.Module, before: Mapping[nn.Module, bool]) -> None:
+    """Puts the outermost modules that were in training mode back into it."""
+    if before.get(module, True):
+        _switch(module, True)
+    else:
+        for child in module.children():
+            _switch_back(child, before)
 
 
 def loss_of(loss: Callable[[Any, Any], Any] | None, output: Any, targets: Any, num_samples: int) -> LossResult:

@@ -134,8 +134,6 @@ class Node:
     """Of a module: where its first arguments are to be for the call, in the place of tensors of its own."""
     checkpoint: bool = False
     """Of a module: whether it is called in an activation checkpoint of the code around it."""
-    recomputes: bool = False
-    """Of a module: whether it has checkpoints of its own, so that parts of it run again in backward."""
     check: bool = False
     """Whether it reads a number that must be what it was when recorded, as the code raises an exception otherwise."""
     lasting: bool = False

@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
-from torch.utils.checkpoint import CheckpointFunction
 
 from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.chance import always_same
@@ -106,8 +105,6 @@ class Tape:
         """The modules inside a leaf that are running, and the generators as their own code last left them."""
         self._calls: Counter[str] = Counter()
         """How often each module was called inside the leaf that is running."""
-        self._recomputes = False
-        """Whether the leaf that is running has checkpoints of its own."""
         self._leaf_calls: Counter[Any] = Counter()
         """How often each leaf was called."""
         self._entered: Counter[str] = Counter()
@@ -256,7 +253,6 @@ class Tape:
         if self._calling and is_compiled(self._model.get_submodule(self._calling[-1][0])):
             return call(*args, **kwargs)
         self._note_draws()
-        self._recomputes |= self._calling != [] and _saved_tensors_hook() is not self._hooks[-1]
         self._calling.append((name, generator_states()))
         try:
             output = call(*args, **kwargs)
@@ -276,7 +272,6 @@ class Tape:
     def _custom(self, function: Any, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Applies a custom autograd function as one node."""
         if self._inside:
-            self._recomputes |= function is CheckpointFunction
             return call(*args, **kwargs)
         if any(isinstance(leaf, nn.Module) or callable(leaf) for leaf in trees.leaves_of((args, kwargs))):
             raise self._trap(f"hands code to {function.__name__}, as reentrant checkpoints do")
@@ -360,7 +355,6 @@ class Tape:
     ) -> Any:
         """Calls something as one node; `shaped` says that the shape of what it returns depends on values."""
         self._inside += 1
-        self._recomputes = False
         try:
             return self._one_node(target, call, args, kwargs, placed, shaped, code_line())
         finally:
@@ -436,7 +430,6 @@ class Tape:
                 nth=self._leaf_calls[target] if module is not None else 1,
                 placed=placed,
                 checkpoint=hooked,
-                recomputes=self._recomputes,
                 writes=tuple(self._leaf_of(t, line) for t in changed),
                 touches=tuple(ref for t in changed for ref in self._origins.places(t)),
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),

@@ -13,7 +13,9 @@ class Check:
     what: str
     passed: bool
     detail: str
-    """What was equal, or where it first differs and by how much at most."""
+    """What was equal, or where it first differs and by how much at most, or why it was not compared."""
+    compared: bool = True
+    """Whether it could be compared; where not, it has not passed, and does not count against the verdict."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,13 @@ class Verdict:
 
     @property
     def passed(self) -> bool:
-        """Whether all checks hold."""
-        return all(check.passed for check in self.checks)
+        """Whether all checks hold that could be made."""
+        return all(check.passed for check in self.checks if check.compared)
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What could not be compared."""
+        return tuple(check.what for check in self.checks if not check.compared)
 
     def to_json(self) -> dict[str, Any]:
         """Returns plain data for json."""

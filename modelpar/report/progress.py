@@ -128,6 +128,11 @@ class TrainingProgress:
         if not (self._quiet or self._console.is_terminal) and ((step + 1) % self._every == 0 or step == 0):
             self._console.print(f"step {step + 1}/{self._num_steps}  {numbers}", highlight=False)
 
+    def say(self, line: str) -> None:
+        """Shows a line about the training."""
+        if not self._quiet:
+            self._console.print(line, highlight=False, markup=False)
+
     def heldout(self, loss: float) -> None:
         """Shows a loss on held-out data."""
         if not self._quiet:

@@ -9,14 +9,16 @@ from modelpar.planning.verdict import Verdict
 
 
 def verdict_table(verdict: Verdict) -> Table:
-    """Returns a row per check: ✓ or ✗, what was compared, and what came of it."""
+    """Returns a row per check: ✓, ✗ or ? where it could not be made, what was compared, and what came of it."""
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True)
     table.add_column()
     table.add_column()
     for check in verdict.checks:
-        mark = Text("✓", style="green") if check.passed else Text("✗", style="bold red")
-        table.add_row(mark, Text(check.what), Text(check.detail, style="" if check.passed else "red"))
+        sign, bold, plain = ("✓", "green", "") if check.passed else ("✗", "bold red", "red")
+        if not check.compared:
+            sign, bold, plain = "?", "bold yellow", "yellow"
+        table.add_row(Text(sign, style=bold), Text(check.what), Text(check.detail, style=plain))
     return table
 
 
@@ -27,8 +29,10 @@ def verdict_notes(verdict: Verdict) -> list[Text]:
 
 def verdict_line(verdict: Verdict) -> Text:
     """Returns the last line: whether all checks hold."""
-    number = len(verdict.checks)
+    number, left_out = len(verdict.checks) - len(verdict.left_out), ", ".join(verdict.left_out)
+    more, style = (f"; not compared: {left_out}", "bold yellow") if left_out else ("", "bold green")
     if verdict.passed:
-        return Text(f"the split model equals the unsplit one to the bit in all {number} checks", style="bold green")
-    failed = sum(not check.passed for check in verdict.checks)
-    return Text(f"the split model differs from the unsplit one in {failed} of {number} checks", style="bold red")
+        return Text(f"the split model equals the unsplit one to the bit in all {number} checks{more}", style=style)
+    failed = sum(not check.passed for check in verdict.checks if check.compared)
+    text = f"the split model differs from the unsplit one in {failed} of {number} checks{more}"
+    return Text(text, style="bold red")

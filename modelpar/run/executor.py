@@ -24,6 +24,7 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.schedule import Action, Op, ValueKey, gives, needs
 from modelpar.run import cuda
 from modelpar.run.exchange import Exchange
+from modelpar.run.kept import Kept
 from modelpar.run.memory import PeakMemory
 from modelpar.run.stage_runner import RunContext, StageRunner
 from modelpar.run.update import Update
@@ -48,6 +49,7 @@ class Executor:
         self._lists: dict[tuple[str, tuple[int, ...]], _Steps] = {}
         self._values: dict[ValueKey, Any] = {}
         """What the current action works on, for messages to people."""
+        self._kept: list[Kept] = []
         self._poisoned = False
 
     def run(self, run: int, context: RunContext, data_wait: float) -> dict[str, Any]:
@@ -60,6 +62,8 @@ class Executor:
         self._exchange.begin(run, data_wait)
         if context.mode == "train":
             reply = self._train(context)
+        elif context.mode == "check":
+            reply = self._make_gradients(context)
         elif context.mode == "locate":
             reply = self._locate(context)
         else:
@@ -124,6 +128,25 @@ class Executor:
             return {**reply, "finite": False}
         return {**reply, **updated, "spans": self._exchange.timeline(), "peak_bytes": self._peak_bytes(context)}
 
+    def _make_gradients(self, context: RunContext) -> dict[str, Any]:
+        """Runs one micro-batch forward and backward; the controller takes the gradients, and then all is undone."""
+        self._kept = [Kept(runner.program.module) for runner in self._runners.values()]
+        self._walk(context)
+        return self._losses(context)
+
+    def take_gradients(self) -> dict[int, dict[str, Tensor]]:
+        """Returns the gradients by stage and by the FQN that the model has for them first, and undoes their run."""
+        found = {}
+        for (stage, runner), kept in zip(self._runners.items(), self._kept, strict=True):
+            program, named = runner.program, runner.program.module.named_parameters()
+            others = program.copies if self._plan.tied == "exact" else ()  # whose gradients the owner has got
+            own = {name: p.grad for name, p in named if p.grad is not None and name not in others}
+            found[stage] = {program.first_names.get(name, name): grad.cpu() for name, grad in own.items()}
+            runner.forget()
+            kept.restore()
+        self._kept = []
+        return found
+
     def _walk(self, context: RunContext) -> None:
         """Does the rank's list of actions."""
         exchange = self._exchange
@@ -151,14 +174,17 @@ class Executor:
         if (mode, variants) not in self._lists:
             if len(self._lists) >= _LISTS_KEPT:  # a batch may be any mixture of recordings
                 del self._lists[next(iter(self._lists))]
-            train = mode == "train"
             graphs = [self._graphs[number] for number in variants]
             if mode == "predict":
                 graphs = [_for_prediction(graph) for graph in graphs]
-            schedule = (self._plan.schedule_for if train else self._plan.forward_schedule)(len(variants))
+            if mode == "check":  # some schedules are for many micro-batches only
+                schedule = self._plan.schedule
+            else:
+                schedule = (self._plan.schedule_for if mode == "train" else self._plan.forward_schedule)(len(variants))
             self._lists[mode, variants] = [
                 (action, needs(graphs[action.microbatch], action), gives(graphs[action.microbatch], action))
                 for action in schedule.actions(self._exchange.rank)
+                if action.microbatch < len(variants)
             ]
         return self._lists[mode, variants]
 

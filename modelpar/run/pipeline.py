@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from modelpar.capture.cut import StageProgram, cut_stage
+from modelpar.capture.deferred import deferred_in
 from modelpar.capture.graph import first_names, parameters_of
 from modelpar.capture.microbatch import Cutting, Microbatch, checked_batch, counting_names, join, leaf_names
 from modelpar.capture.objective import Batch, Objective
@@ -23,7 +25,9 @@ from modelpar.planning.plan import Plan
 from modelpar.planning.result import StepResult
 from modelpar.planning.schedule import ValueKey
 from modelpar.planning.timeline import Timeline
-from modelpar.run import cuda, wire
+from modelpar.planning.verdict import Check
+from modelpar.run import cuda, first_step, wire
+from modelpar.run.first_step import UnsplitModel
 from modelpar.run.memory import return_freed_memory
 from modelpar.run.numerics import Numerics
 from modelpar.run.rehearsal import rehearse
@@ -31,6 +35,8 @@ from modelpar.run.stage_runner import RunContext
 from modelpar.run.update import OptimizerFactory, Settings
 from modelpar.run.variants import Variant, Variants
 from modelpar.run.workers import Workers
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -66,6 +72,9 @@ class Pipeline:
     step. `max_norm` clips the gradients of the whole model by their 2-norm. A Pipeline given no workers starts
     processes of its own. The user's module is never changed: `state_dict()` returns the trained weights.
 
+    With `check`, before the first step its first micro-batch is run by the user's module as well: SplitMismatch is
+    raised where its loss or a gradient is another, and nothing is trained. The attribute `check` says what came of it.
+
     Raises PlanMismatch where the plan was made for another model and ConfigError for arguments that cannot be used,
     before anything runs.
     """
@@ -80,6 +89,7 @@ class Pipeline:
         lr_schedule: Callable[[torch.optim.Optimizer], Any] | None = None,
         max_norm: float | None = None,
         seed: int = 0,
+        check: bool = True,
     ):
         if workers is not None and workers.num_ranks < plan.num_ranks:
             raise ConfigError(f"the plan has {plan.num_ranks} ranks, the workers {workers.num_ranks}; expected as many")
@@ -95,6 +105,11 @@ class Pipeline:
         self._given_workers = workers
         self._workers: Workers | None = None
         self._exits = ExitStack()
+        self.check: Check | None = None
+        """What came of comparing the first micro-batch with the unsplit model; None before, and where nobody asked."""
+        self._wants_check = check
+        self._unsplit_model: UnsplitModel | None = None
+        self._has_loaded = False
         self._step = 0
         self._under_way: deque[_Submitted] = deque()
         self._learning: list[tuple[int, int]] = []
@@ -104,10 +119,11 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
-        self._step = 0
+        self._step, self.check, self._has_loaded = 0, None, False
         self._under_way.clear()
         model, self._built = self._built, None
         model = self._objective.build(self._settings.seed) if model is None else model
+        self._unsplit_model = UnsplitModel(model) if self._wants_check else None
         self._variants = Variants(self._objective, self._plan, self._unsplit(model))
         self._model_shapes = {name: getattr(value, "shape", None) for name, value in model.state_dict().items()}
         self._first_names = first_names(model)
@@ -140,7 +156,7 @@ class Pipeline:
                         self._command(rank, "unload")
         finally:
             self._exits.__exit__(kind, error, traceback)
-            self._workers = None
+            self._workers = self._unsplit_model = None
 
     def step(self, batch: Batch) -> StepResult:
         """Trains on one batch (inputs, targets) and returns its loss, norm and timeline.
@@ -251,17 +267,53 @@ class Pipeline:
             if found != shape:
                 raise ConfigError(f"the state's {name} has shape {list(found or [])}; expected {list(shape or [])}")
         self._ask_all("load_state_dict", state=cuda.staged(state))
+        self._has_loaded = True
 
     def _submit(self, batch: Batch, data_wait: float) -> _Submitted:
         if self._settings.optimizer is None:
             raise ConfigError("this pipeline has no optimizer; expected Pipeline(..., optimizer=...) to train")
         step = self._step
         microbatches = self._microbatches(batch)
+        if self._unsplit_model is not None:
+            self._check_first(microbatches[0])
         run, tickets = self._start("train", microbatches, step, data_wait)
         self._step += 1
         submitted = _Submitted(step, run, tickets, microbatches)
         self._under_way.append(submitted)
         return submitted
+
+    def _check_first(self, microbatch: Microbatch) -> None:
+        """Compares the first micro-batch's loss and gradients with the unsplit model's, which is not kept any longer.
+
+        Raises SplitMismatch; then nothing has changed.
+        """
+        unsplit = self._unsplit_model
+        assert unsplit is not None
+        if deferred_in(unsplit.model):
+            reason = "not compared: no process holds the whole model; `modelpar verify` makes it and compares"
+            self._say_check(Check(first_step.NAME, False, reason, compared=False))
+            return
+        _, tickets = self._start("check", [microbatch], 0)
+        total = self._merged(tickets)["total"]
+        found = first_step.Gradients(total, first_step.joined(self._ask_all("take_gradients")))
+        draws, seed = self._variant("train", microbatch[:2]).draws, self._settings.seed
+
+        others = self.state_dict() if self._has_loaded or unsplit.has_changed else {}
+
+        def run() -> first_step.Gradients:
+            return unsplit.gradients(self._objective, self._plan, microbatch, draws, seed, others)
+
+        try:
+            with self._need_workers().generators:
+                check = first_step.compare(found, run(), self._plan, iter(run, None))
+        except torch.OutOfMemoryError:
+            reason = "not compared: the unsplit model does not fit the last stage's device beside the stage"
+            check = Check(first_step.NAME, False, reason, compared=False)
+        self._say_check(check)
+
+    def _say_check(self, check: Check) -> None:
+        self.check, self._unsplit_model = check, None
+        _log.info("%s: %s", check.what, check.detail)
 
     def _microbatches(self, batch: Batch) -> list[Microbatch]:
         _refuse_autocast()
@@ -275,7 +327,7 @@ class Pipeline:
         Returns the run's number and the tickets.
         """
         workers = self._need_workers()
-        recorded = "train" if mode == "locate" else mode
+        recorded = "train" if mode in ("check", "locate") else mode
         variants = [self._variant(recorded, microbatch[:2]) for microbatch in microbatches]
         sizes = tuple(microbatch.size for microbatch in microbatches)
         context = RunContext(mode, step, sizes, first, tuple(variant.number for variant in variants))
@@ -302,7 +354,8 @@ class Pipeline:
         """Returns what the ranks do with a micro-batch, and tells them where it is new."""
         found = self._variants.find(mode, microbatch)
         if found is None:
-            found = self._variants.add(mode, microbatch)
+            with self._need_workers().generators:
+                found = self._variants.add(mode, microbatch)
             for rank in range(self._plan.num_ranks):
                 homes = enumerate(self._plan.schedule.stage_to_rank)
                 routines = {stage: found.routines[stage] for stage, home in homes if home == rank}

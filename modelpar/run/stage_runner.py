@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,14 +14,15 @@ from modelpar.capture.cut import Routine, StageProgram
 from modelpar.capture.objective import LossResult, loss_of
 from modelpar.capture.replay import Replay
 from modelpar.errors import RunError
-from modelpar.run.rng import EVALUATION, KeyedRandom
+from modelpar.run.rng import EVALUATION, KeyedRandom, watched_for_recomputation
 
 
 class RunContext(NamedTuple):
     """What a micro-batch's computations depend on besides their values."""
 
     mode: str
-    """"train", "evaluate", "predict", or "locate": forward as in training, to find the first layer that goes wrong."""
+    """"train", "evaluate", "predict", "check": a step that only makes gradients, or "locate": forward as in training,
+    to find the first layer that goes wrong."""
     step: int
     """The training step, for random keys."""
     sizes: tuple[int, ...]
@@ -29,6 +31,11 @@ class RunContext(NamedTuple):
     """The global index of the first micro-batch, for random keys."""
     variants: tuple[int, ...] = ()
     """Per micro-batch, the number of the recording to replay."""
+
+    @property
+    def trains(self) -> bool:
+        """Whether there is a backward."""
+        return self.mode in ("train", "check")
 
     def variant(self, microbatch: int) -> int:
         """Returns the number of the recording that a micro-batch replays."""
@@ -61,6 +68,9 @@ class _Live:
     given: dict[str, list[Tensor]]
     grads: dict[str, list[list[Tensor]]]
     """For each tensor received, a list for the gradient that comes back."""
+    variant: int
+    recomputes: bool = False
+    """Whether backward runs some code of the forward once more."""
     total: Tensor | None = None
 
 
@@ -78,7 +88,8 @@ class StageRunner:
         }
         """By the number of the recording that each replays a part of."""
         self._random = KeyedRandom(program.module, program.draws, seed, device, lock)
-        self._owns_generators = lock is None
+        self._recomputes: dict[int, bool] = {}
+        """By number of the recording, whether backward runs code of the stage once more, once that has been seen."""
         places = (of for module in program.module.modules() for of in (module._parameters, module._buffers))
         self._state = [(of, name) for of in places for name in list(of.keys())]
         """Where the parameters and buffers are; which tensors they are may change."""
@@ -91,15 +102,17 @@ class StageRunner:
 
     def forward(self, microbatch: int, values: dict[str, Any], context: RunContext) -> dict[str, Any]:
         """Runs the stage on the values it received and returns those it gives: the next stage's, or the prediction."""
-        training = context.mode == "train"
-        step = context.step if context.mode in ("train", "locate") else EVALUATION
-        before = self._random.states() if self._owns_generators else []
-        replay = self._replays[context.variant(microbatch)]
+        training = context.trains
+        step = context.step if training or context.mode == "locate" else EVALUATION
+        variant = context.variant(microbatch)
+        replay = self._replays[variant]
         routine = replay.routine
         self._random.attach(routine.draws)
-        keyed = self._random.microbatch(step, context.first + microbatch, routine.calls)
-        with torch.set_grad_enabled(training), keyed:
-            live = _Live({}, {}, {})
+        recomputes = training and self._recomputes.get(variant, True)
+        keyed = self._random.microbatch(step, context.first + microbatch, routine.calls, recomputes)
+        watched = watched_for_recomputation() if recomputes else nullcontext([])
+        with torch.set_grad_enabled(training), keyed, watched as kept:
+            live = _Live({}, {}, {}, variant)
             values = {name: self._taken(name, value, live) for name, value in values.items()}
             results = replay(values, self._random.own)
             for name in routine.gives:
@@ -109,7 +122,10 @@ class StageRunner:
                 found = loss_of(self.program.loss, results["output"], results["targets"], context.sizes[microbatch])
                 self.losses[microbatch] = found._replace(total=found.total.detach())
                 live.total = found.total if found.count else None
-        if before and not all(map(torch.equal, before, self._random.states())):
+        if training:
+            live.recomputes = bool(kept)
+            self._recomputes[variant] = live.recomputes or self._recomputes.get(variant, False)
+        if self._random.has_strayed:
             raise RunError(
                 "a module drew random numbers that did not draw when the model was captured, so the result would "
                 "depend on the split; plan with the module in the mode in which it trains"
@@ -175,7 +191,9 @@ class StageRunner:
                     roots.append(tensor)
                     seeds.append(grad)
         if roots:
-            torch.autograd.backward(roots, seeds)
+            self._random.attach(self._replays[live.variant].routine.draws)
+            with self._random.held(live.recomputes):
+                torch.autograd.backward(roots, seeds)
         return {name: [kept[0] if kept else None for kept in found] for name, found in live.grads.items()}
 
     def parameter(self, name: str) -> nn.Parameter:
@@ -212,11 +230,15 @@ class StageRunner:
 
     def undo(self) -> None:
         """Forgets an unfinished step: its activations, gradients and changes to buffers."""
+        self.forget()
+        for name, value in self._kept.items():
+            self.program.module.get_buffer(name).detach().copy_(value)
+
+    def forget(self) -> None:
+        """Drops activations, losses and gradients."""
         self._live.clear()
         self.losses.clear()
         self.program.module.zero_grad(set_to_none=True)
-        for name, value in self._kept.items():
-            self.program.module.get_buffer(name).detach().copy_(value)
 
     def first_nonfinite(self, values: dict[str, Any], context: RunContext) -> tuple[Any, str | None]:
         """Runs forward on one micro-batch; returns the values given and the first module whose output is not finite."""

@@ -32,6 +32,8 @@ class Variant(NamedTuple):
     graph: StageGraph
     routines: tuple[Routine, ...]
     """One per stage."""
+    draws: frozenset[str]
+    """FQNs of the modules whose own forward draws random numbers; "" is the model itself."""
 
 
 class Variants:
@@ -80,7 +82,8 @@ class Variants:
         routines = tuple(cut_routine(recording, bounds, stage, layers) for stage in range(plan.num_stages))
         for stage, routine in enumerate(routines):
             self._check_has(stage, routine, mode)
-        variant = Variant(self._count, stages, routines)
+        draws = frozenset(name for node in recording.nodes for name in node.draws)
+        variant = Variant(self._count, stages, routines, draws)
         self._count += 1
         self._known[recording.signature].append((watch(recording, model), variant))
         return variant

@@ -70,6 +70,7 @@ class Worker:
             "learn": self._learn,
             RUN: self._run,
             "sweep": self._sweep,
+            "take_gradients": lambda pipeline: self._executors[pipeline].take_gradients(),
             "state_dict": lambda pipeline: self._executors[pipeline].state_dict(),
             "load_state_dict": lambda pipeline, state: self._executors[pipeline].load_state_dict(state),
         }

@@ -6,6 +6,7 @@ import itertools
 import logging
 import time
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -120,6 +121,11 @@ class Workers:
                 self._launch.kill()
             self._error = RunError("these workers were stopped; expected to be used inside their `with` block")
         self._launch.close()
+
+    @property
+    def generators(self) -> AbstractContextManager[Any]:
+        """Keeps the random generators of this process from ranks that are threads of it."""
+        return getattr(self._running, "lock", None) or nullcontext()
 
     def next_number(self) -> int:
         """Returns a number never returned before, to name a run or a pipeline."""

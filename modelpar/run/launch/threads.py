@@ -16,7 +16,7 @@ class ThreadLaunch:
         self.mailbox = Mailbox(routes)
         self._mailboxes = [Mailbox() for _ in range(num_ranks)]
         self.transport = ThreadTransport(self._mailboxes, self.mailbox)
-        lock = RLock()  # one for all devices: a layer on any of them may draw from the CPU's generator
+        self.lock = lock = RLock()  # one for all devices: a layer on any of them may draw from the CPU's generator
         self._workers = [Worker(rank, box, self.transport, lock) for rank, box in enumerate(self._mailboxes)]
         self._threads = [
             Thread(target=worker.serve, name=f"modelpar-rank{worker.rank}", daemon=True) for worker in self._workers
