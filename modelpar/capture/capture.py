@@ -15,8 +15,9 @@ from modelpar.capture import trees
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
-from modelpar.capture.microbatch import Cutting, leaf_names
+from modelpar.capture.microbatch import Cutting
 from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
+from modelpar.capture.parts import leaf_names
 from modelpar.capture.pruning import pruned
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
