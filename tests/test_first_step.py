@@ -100,7 +100,8 @@ def test_training_is_the_same_with_and_without(workers, num_ranks):
     model = nn.Sequential(Counting(), nn.BatchNorm1d(8), nn.Dropout(0.3), Counting(), nn.Linear(8, 3))
     batch = torch.randn(10, 8), torch.randint(3, (10,))
     found = []
-    pipelines = [pipeline_of(model, workers, batch, check=check, num_ranks=num_ranks) for check in (True, False)]
+    how = {"num_ranks": num_ranks, "leaf": ["Counting"]}
+    pipelines = [pipeline_of(model, workers, batch, check=check, **how) for check in (True, False)]
     model[0].counts = model[3].counts = True  # a recording that counts is refused
     for check, pipeline in zip((True, False), pipelines, strict=True):
         with pipeline:

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from modelpar.capture.microbatch import Cutting, batch_size, counting_names, join, microbatch_sizes, split_batch
+from modelpar.capture.joining import counting_names, join
+from modelpar.capture.microbatch import Cutting, batch_size, microbatch_sizes, split_batch
 from modelpar.capture.objective import Objective
 from modelpar.errors import ConfigError
 from modelpar.planning.reading import Reading

@@ -418,7 +418,7 @@ def test_a_wrong_batch_is_refused_and_training_goes_on(workers):
     with Pipeline(objective, plan, workers=workers, optimizer=adamw) as pipeline:
         for batch, message in (
             (inputs, "the batch is a Tensor; expected a pair"),
-            ((inputs, targets, targets), "the batch is a tuple; expected a pair"),
+            ((inputs, targets, targets), "the batch is a tuple of 3; expected a pair"),
             ((inputs[:0], targets[:0]), "the batch is empty: inputs have shape"),
             ((3, targets), "the batch has no tensor with dimension 0 to cut"),
         ):

@@ -17,10 +17,11 @@ from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.guards import hold, watch
-from modelpar.capture.microbatch import Cutting, leaf_names
+from modelpar.capture.microbatch import Cutting
 from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
 from modelpar.capture.origins import Earlier
 from modelpar.capture.outside import foreign, other_generators, refuse_draws, refuse_foreign
+from modelpar.capture.parts import leaf_names
 from modelpar.capture.pruning import pruned
 from modelpar.capture.reads import Endless, Trial, settle
 from modelpar.capture.recording import Recording, signature

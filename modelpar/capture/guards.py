@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from modelpar.capture.cut import cut_guard, skeleton
-from modelpar.capture.microbatch import leaf_names
 from modelpar.capture.objective import Batch
+from modelpar.capture.parts import leaf_names
 from modelpar.capture.recording import Guard, Recording
 from modelpar.capture.replay import Replay
 

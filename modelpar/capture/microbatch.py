@@ -1,4 +1,4 @@
-"""How a batch is cut into micro-batches, and how what these give is put together: Cutting.
+"""How a batch is cut into micro-batches: Cutting.
 
 ::
 
@@ -24,13 +24,13 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from modelpar.capture.parts import ARRAYS, arrays_in, brief, children_of, length_of
 from modelpar.errors import ConfigError
 from modelpar.planning.reading import Reading
 
 if TYPE_CHECKING:
     from modelpar.capture.objective import Objective
 
-_ARRAYS = (Tensor, np.ndarray)
 _SAMPLES, _SHARED, _STRUCTURE = "samples", "shared", "structure"
 
 
@@ -89,7 +89,7 @@ class Cutting:
                 continue
             if self.known.samples and name not in self.known.samples:
                 continue
-            if name not in self.known.samples and not isinstance(node, _ARRAYS):
+            if name not in self.known.samples and not isinstance(node, ARRAYS):
                 lists.append(node)
                 continue
             return _not_empty(length, node)
@@ -176,7 +176,7 @@ class Cutting:
         if _is_list(name, node) and not self._is_known_structure(name):
             yield name, node
             return
-        children, _ = _children(node)
+        children, _ = children_of(node)
         if children is None:
             yield name, node
         for key, child in children or ():
@@ -193,7 +193,7 @@ class Cutting:
                 return cut(node)
             if kind == _SHARED:
                 return [_own_array(node)] * count
-            children, spec = _children(node)
+            children, spec = children_of(node)
             columns = [each(child, f"{name}.{key}") for key, child in children or ()]
             return [pytree.tree_unflatten(list(row), spec) for row in zip(*columns, strict=True)]
 
@@ -209,7 +209,7 @@ class Cutting:
         if kind != _STRUCTURE:
             yield name, node, kind
             return
-        for key, child in _children(node)[0] or ():
+        for key, child in children_of(node)[0] or ():
             yield from self._parts_of(child, f"{name}.{key}", size)
 
     def _kind(self, name: str, node: Any, size: int) -> str:
@@ -229,13 +229,13 @@ class Cutting:
                     f"batch; expected {size}, or shared=[{short_name(name)!r}] if it never counts samples"
                 )
             return _SAMPLES
-        if isinstance(node, _ARRAYS):
+        if isinstance(node, ARRAYS):
             return _SAMPLES if length == size else _SHARED
         if not _is_list(name, node):
-            return _STRUCTURE if _children(node)[0] else _SHARED
+            return _STRUCTURE if children_of(node)[0] else _SHARED
         if length == size and not self._is_known_structure(name):
             return _STRUCTURE if type(node) is tuple and _common_length(node, self.dim) == size else _SAMPLES
-        return _STRUCTURE if _arrays_in(node) else _SHARED
+        return _STRUCTURE if arrays_in(node) else _SHARED
 
     def _is_shared(self, name: str) -> bool:
         return name in self.known.shared or any(_means(given, name) for given in self.shared)
@@ -270,89 +270,6 @@ def microbatch_sizes(num_samples: int, num_microbatches: int) -> list[int]:
     return [base + 1] * more + [base] * (count - more)
 
 
-def leaf_names(inputs: Any, targets: Any = None) -> dict[str, Tensor]:
-    """Returns the tensors of a batch by name: "inputs" or "inputs.<key>", and likewise of targets."""
-    found: dict[str, Tensor] = {}
-    for name, tree in (("inputs", inputs), ("targets", targets)):
-        for path, leaf in pytree.tree_flatten_with_path(tree)[0]:
-            if isinstance(leaf, Tensor):
-                found[".".join([name, *(str(_key(key)) for key in path)])] = leaf
-    return found
-
-
-def counting_names(first: Any, size: int, second: Any, other: int, dim: int = 0, name: str = "output") -> set[str]:
-    """Returns the names of those parts of two outputs that are as long as their numbers of samples.
-
-    Where these numbers are the same, a part may be so by chance, and so may what is inside it, which is named as well.
-    """
-    found = {name} if (length_of(first, dim), length_of(second, dim)) == (size, other) else set()
-    children, others = _children(first)[0], _children(second)[0]
-    if (found and size != other) or not children or not others:
-        return found
-    if [key for key, _ in children] == [key for key, _ in others]:
-        for (key, a), (_, b) in zip(children, others, strict=True):
-            found |= counting_names(a, size, b, other, dim, f"{name}.{key}")
-    return found
-
-
-def join(outputs: list[Any], sizes: Sequence[int], counting: set[str], dim: int = 0, name: str = "output") -> Any:
-    """Joins the outputs of micro-batches: what counts samples one after the other, all else once.
-
-    Raises ConfigError for what counts no samples and is another in each micro-batch.
-    """
-    if name in counting:
-        return joined(outputs, dim)
-    levels = [_children(output) for output in outputs]
-    children = [level[0] for level in levels]
-    if all(children) and len({tuple(key for key, _ in each or ()) for each in children}) == 1:
-        columns = zip(*(each or () for each in children), strict=True)
-        parts = [join([c for _, c in column], sizes, counting, dim, f"{name}.{column[0][0]}") for column in columns]
-        return pytree.tree_unflatten(parts, levels[0][1])
-    if not all(_same(outputs[0], output) for output in outputs[1:]):
-        what = outputs[0]
-        what = f"has shape {list(what.shape)}" if isinstance(what, _ARRAYS) else f"is {_brief(what)}"
-        raise ConfigError(
-            f"an output {what} for a micro-batch of {sizes[0]}, which cannot be joined: {name} does not count samples "
-            f"and is another for each micro-batch; expected dimension {dim} to count samples, or "
-            "Objective(…, join=function of the micro-batches' outputs)"
-        )
-    return outputs[0].detach() if isinstance(outputs[0], Tensor) else outputs[0]
-
-
-def joined(parts: Sequence[Any], dim: int = 0) -> Any:
-    """Puts tensors, arrays or lists one after the other."""
-    if isinstance(parts[0], Tensor):
-        return torch.cat(tuple(parts), dim).detach()
-    if isinstance(parts[0], np.ndarray):
-        return np.concatenate(parts, dim)
-    return type(parts[0])(entry for part in parts for entry in part)
-
-
-def length_of(node: Any, dim: int = 0) -> int | None:
-    """Returns how many samples a tensor, an array, a list or a tuple may count."""
-    if isinstance(node, _ARRAYS):
-        return int(node.shape[dim]) if node.ndim > dim else None
-    return len(node) if type(node) in (list, tuple) else None
-
-
-def part_of(tree: Any, name: str, at: str = "output") -> Any:
-    """Returns the part of an output that has a name."""
-    if name == at:
-        return tree
-    parts = ((f"{at}.{key}", child) for key, child in _children(tree)[0] or ())
-    return next(part_of(child, name, path) for path, child in parts if name == path or name.startswith(f"{path}."))
-
-
-def _children(node: Any) -> tuple[list[tuple[str, Any]] | None, Any]:
-    """Returns what a container holds, with keys, and how it is made again; None for what is no container."""
-    if isinstance(node, _ARRAYS):
-        return None, None
-    found, spec = pytree.tree_flatten_with_path(node, is_leaf=lambda each: each is not node)
-    if any(not path for path, _ in found):
-        return None, None
-    return [(str(_key(path[0])), child) for path, child in found], spec
-
-
 def _is_list(name: str, node: Any) -> bool:
     """Tells whether a part is a list or tuple that may be samples: the tuple of positional arguments is none."""
     return type(node) is list or (type(node) is tuple and name != "inputs")
@@ -364,29 +281,15 @@ def _nodes(batch: tuple[Any, Any]) -> Iterator[tuple[str, Any]]:
     while todo:
         name, node = todo.pop()
         yield name, node
-        if type(node) not in (list, tuple) or _arrays_in(node):
-            todo += [(f"{name}.{key}", child) for key, child in reversed(_children(node)[0] or [])]
-
-
-def _key(key: Any) -> Any:
-    for name in ("key", "idx", "name"):
-        if hasattr(key, name):
-            return getattr(key, name)
-    return key
-
-
-def _arrays_in(nodes: Sequence[Any]) -> list[Any]:
-    """Returns the tensors and arrays in a list; a list of plain values is not looked through twice."""
-    if all(isinstance(node, (int, float, str, bytes, type(None))) for node in nodes):
-        return []
-    return [leaf for leaf in pytree.tree_leaves(list(nodes)) if isinstance(leaf, _ARRAYS)]
+        if type(node) not in (list, tuple) or arrays_in(node):
+            todo += [(f"{name}.{key}", child) for key, child in reversed(children_of(node)[0] or [])]
 
 
 def _common_length(node: Any, dim: int) -> int | None:
     """Returns the one length that all tensors and arrays in a list have; None where there is none."""
     if type(node) not in (list, tuple):
         return None
-    lengths = {length_of(array, dim) for array in _arrays_in(node)}
+    lengths = {length_of(array, dim) for array in arrays_in(node)}
     return lengths.pop() if len(lengths) == 1 else None
 
 
@@ -406,7 +309,7 @@ def _own_array(node: Any) -> Any:
 
 def _not_empty(length: int, node: Any) -> int:
     if not length:
-        what = f"inputs have shape {list(node.shape)}" if isinstance(node, _ARRAYS) else "inputs are an empty list"
+        what = f"inputs have shape {list(node.shape)}" if isinstance(node, ARRAYS) else "inputs are an empty list"
         raise ConfigError(f"the batch is empty: {what}; expected at least 1 sample")
     return length
 
@@ -430,27 +333,10 @@ def _checked(found: Any, num_microbatches: int) -> list[Microbatch]:
     """Returns what the user's own function gave; raises ConfigError where these are no micro-batches."""
     expected = "expected a list of (inputs, targets, number of samples)"
     if not isinstance(found, (list, tuple)) or not found:
-        raise ConfigError(f"cut returned {_brief(found)}; {expected}")
+        raise ConfigError(f"cut returned {brief(found)}; {expected}")
     for each in found:
         if not isinstance(each, (list, tuple)) or len(each) != 3 or type(each[2]) is not int or each[2] < 1:
-            raise ConfigError(f"cut returned a list with {_brief(each)}; {expected}, of at least 1 sample each")
+            raise ConfigError(f"cut returned a list with {brief(each)}; {expected}, of at least 1 sample each")
     if len(found) > num_microbatches:
         raise ConfigError(f"cut returned {len(found)} micro-batches; expected at most {num_microbatches}")
     return [Microbatch(*each) for each in found]
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Tells whether two outputs that count no samples are the same, NaN included."""
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        same = a.shape == b.shape and a.dtype == b.dtype
-        return same and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
-    if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return a.dtype == b.dtype and a.tolist() == b.tolist()
-    if isinstance(a, float) and isinstance(b, float) and a != a and b != b:
-        return True
-    return type(a) is type(b) and not isinstance(a, _ARRAYS) and repr(a) == repr(b)
-
-
-def _brief(value: Any) -> str:
-    text = " ".join(repr(value).split())
-    return text if len(text) <= 40 else f"a {type(value).__name__}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -177,7 +178,8 @@ def _count(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, floa
             calls[name] += 1
 
     try:
-        with counter, torch.no_grad(), module_calls(count):
+        with counter, torch.no_grad(), module_calls(count, model), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # such as of checkpoints without gradients; the recording says what is true
             forward()
     except Exception as error:
         straight = type(model).forward is nn.Sequential.forward and len(failed) > 1

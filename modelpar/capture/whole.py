@@ -23,8 +23,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from modelpar.capture import trees
 from modelpar.capture.capture import untouched
 from modelpar.capture.deferred import deferred_in
-from modelpar.capture.microbatch import Cutting, Microbatch, counting_names, joined, part_of, short_name
+from modelpar.capture.joining import counting_names, joined
+from modelpar.capture.microbatch import Cutting, Microbatch, short_name
 from modelpar.capture.objective import Batch, LossResult, Objective, in_mode, loss_of, run
+from modelpar.capture.parts import part_of
 from modelpar.capture.watch import generator_states, has_drawn
 from modelpar.errors import ConfigError, describe
 from modelpar.planning.reading import Reading

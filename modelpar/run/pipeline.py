@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from modelpar.capture.cut import StageProgram, cut_stage
 from modelpar.capture.deferred import deferred_in
 from modelpar.capture.graph import first_names, parameters_of
-from modelpar.capture.microbatch import Cutting, Microbatch, checked_batch, counting_names, join, leaf_names
+from modelpar.capture.joining import counting_names, join
+from modelpar.capture.microbatch import Cutting, Microbatch, checked_batch
 from modelpar.capture.objective import Batch, Objective
+from modelpar.capture.parts import leaf_names
 from modelpar.errors import ConfigError, ModelparError, NonFiniteLoss, RunError
 from modelpar.planning.graph import BATCH
 from modelpar.planning.plan import Plan
