@@ -80,10 +80,19 @@ def test_freed_memory_goes_back_after_each_recording(workers, monkeypatch):
     """Small records kept between large values would hold it: 1.2 GB after 250 lengths."""
     returned = []
     monkeypatch.setattr(pipeline_module, "return_freed_memory", lambda: returned.append(1))
-    objective, (inputs, targets) = task("gpt")
-    with Pipeline(objective, make_plan(objective, (inputs, targets)), workers=workers, optimizer=adamw) as pipeline:
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.embed(ids)).mean(1))
+
+    objective, batch = Objective(Tagger(), F.cross_entropy), (torch.arange(64).view(8, 8) % 9, torch.arange(8) % 3)
+    with Pipeline(objective, make_plan(objective, batch), workers=workers, optimizer=adamw) as pipeline:
         for length in (8, 5, 5, 8, 3):
-            pipeline.step((inputs[:, :length], targets[:, :length]))
+            pipeline.step((batch[0][:, :length], batch[1]))
     assert len(returned) == 3
 
 
