@@ -21,6 +21,7 @@ from modelpar.planning import partitioners, schedules
 from modelpar.planning.graph import BATCH
 from modelpar.planning.schedule import Action, Op, gives
 from modelpar.planning.timeline import COMPUTE
+from modelpar.run import pipeline as pipeline_module
 from modelpar.run import workers as workers_module
 from modelpar.run.launch import threads
 from modelpar.run.pipeline import Pipeline
@@ -73,6 +74,26 @@ def test_leaving_a_stream_early_loses_no_step(workers):
         last = pipeline.step(batch)  # the second step of the stream was under way
         assert (result.loss, last.loss, last.step) == (wanted[0], wanted[2], 2)
         assert_same(pipeline.state_dict(), state)
+
+
+def test_freed_memory_goes_back_after_each_recording(workers, monkeypatch):
+    """Small records kept between large values would hold it: 1.2 GB after 250 lengths."""
+    returned = []
+    monkeypatch.setattr(pipeline_module, "return_freed_memory", lambda: returned.append(1))
+
+    class Tagger(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(9, 6), nn.Linear(6, 3)
+
+        def forward(self, ids):
+            return self.head(torch.tanh(self.embed(ids)).mean(1))
+
+    objective, batch = Objective(Tagger(), F.cross_entropy), (torch.arange(64).view(8, 8) % 9, torch.arange(8) % 3)
+    with Pipeline(objective, make_plan(objective, batch), workers=workers, optimizer=adamw) as pipeline:
+        for length in (8, 5, 5, 8, 3):
+            pipeline.step((batch[0][:, :length], batch[1]))
+    assert len(returned) == 3
 
 
 def test_the_iterator_of_a_stream_may_fail(workers):
