@@ -30,7 +30,7 @@ _TIED_FAST = 1e-6
 _CUDA = 1e-4
 """What they may differ by on CUDA, whose kernels need not add in the same order twice."""
 _ROUNDING = 1e-3
-"""By how much the unsplit model differs from itself at most, of the largest value, where its kernels add in any order."""
+"""By how much the unsplit model differs from itself at most, of the largest value, by the order of additions."""
 _REPEATS = 2
 """How often the unsplit model is run again where it differs, to find out whether it equals itself."""
 
