@@ -81,7 +81,7 @@ class NonFiniteLoss(RunError):
 
 
 class SplitMismatch(RunError):
-    """Reports that the first micro-batch has another loss or gradient than in the unsplit model; nothing is trained."""
+    """Reports a first micro-batch with another loss or gradient than in the unsplit model; nothing was trained."""
 
 
 class WorkerLost(RunError):

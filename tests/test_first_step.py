@@ -179,7 +179,7 @@ def test_a_draw_without_a_key_is_found(threads, monkeypatch):
         return real(runner, microbatch, values, context)
 
     monkeypatch.setattr(StageRunner, "forward", without)
-    with pipeline_of(build(), threads) as pipeline, pytest.raises(SplitMismatch, match="differs? by at most"):
+    with pipeline_of(build(), threads) as pipeline, pytest.raises(SplitMismatch, match=r"differs? by at most"):
         pipeline.step(BATCH)
 
 

@@ -6,6 +6,7 @@ same random numbers. Its loss and every gradient must be the same, or nothing is
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -29,8 +30,10 @@ NAME = "split = unsplit"
 _TIED_FAST = 1e-6
 """What gradients that are added once per step may differ by, of the largest."""
 _ANY_ORDER = 1e-4
-"""What they may differ by on CUDA, whose kernels need not add in the same order twice, and in scripted code, which torch
-compiles again as it runs."""
+"""What they may differ by on CUDA, whose kernels need not add in the same order twice, and in scripted code, which
+torch compiles again as it runs."""
+_ROUNDING = 1e-3
+"""By how much the unsplit model differs from itself at most, of the largest value, by the order of additions."""
 _REPEATS = 2
 """How often the unsplit model is run again where it differs, to find out whether it equals itself."""
 
@@ -93,11 +96,9 @@ class UnsplitModel:
         device = torch.device(plan.cluster.devices[-1])
         model = self.model if device.type == "cpu" else wire.receive(wire.ship_as("the model", self.model)).to(device)
         inputs, targets = (trees.map_tensors(lambda t: t.detach().clone().to(device), part) for part in microbatch[:2])
-        threads = torch.get_num_threads()
         random = KeyedRandom(model, (), seed, device)
         with untouched(model), torch.inference_mode(False), torch.enable_grad():
             try:
-                torch.set_num_threads(plan.num_threads)  # sums over other numbers of threads differ in their last bits
                 random.attach(draws)
                 with random.microbatch(0, 0):
                     loss = loss_of(objective.loss, run(model, inputs), targets, microbatch.size)
@@ -106,7 +107,6 @@ class UnsplitModel:
                         loss.total.backward()  # type: ignore[no-untyped-call]
                 found = {name: p.grad.cpu() for name, p in model.named_parameters() if p.grad is not None}
             finally:
-                torch.set_num_threads(threads)
                 random.attach(frozenset())
         return Gradients(float(loss.total.detach()), found, device.type == "cpu" and not _has_scripts(model))
 
@@ -128,11 +128,22 @@ class UnsplitModel:
 def _has_scripts(model: nn.Module) -> bool:
     """Tells whether a model has scripted modules, or its code calls scripted functions, as far as its files say."""
     kinds = {type(module) for module in model.modules()}
-    functions = (value for kind in kinds for value in vars(sys.modules[kind.__module__]).values())
+    functions = (value for kind in kinds for value in vars(sys.modules.get(kind.__module__, math)).values())
     scripted = torch.jit.ScriptModule, torch.jit.ScriptFunction
     return any(issubclass(kind, torch.jit.ScriptModule) for kind in kinds) or any(
         isinstance(value, scripted) for value in functions
     )
+
+
+@contextmanager
+def num_threads(number: int) -> Iterator[None]:
+    """Computes with a number of threads meanwhile: sums over other numbers differ in their last bits."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def joined(parts: list[dict[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
@@ -148,17 +159,18 @@ def joined(parts: list[dict[int, dict[str, Tensor]]]) -> dict[str, Tensor]:
 def compare(found: Gradients, expected: Gradients, plan: Plan, again: Iterator[Gradients]) -> Check:
     """Returns what holds; raises SplitMismatch, naming the first parameter in the order of backward.
 
-    `again` runs the unsplit model once more. Where it does not equal itself, as with numbers from Python's own
-    generators or kernels that add in any order, the split one may differ by as much.
+    `again` runs the unsplit model once more. Where it does not equal itself by rounding, as with kernels that add in
+    any order, the split one may differ by ten times as much; by more, as with numbers from Python's own generators,
+    nothing can be said.
     """
     differing = _differing(found, expected, plan, 0.0)
     if not differing:
         equal = "equal to the bit" if expected.exact else f"equal within {_ANY_ORDER:g}"
         return Check(NAME, True, f"loss and {len(expected.of)} gradients of the first micro-batch are {equal}")
     own = max(_distance(next(again), expected) for _ in range(_REPEATS))
-    if own and not _differing(found, expected, plan, 10 * own):
+    if own > _ROUNDING or (own and not _differing(found, expected, plan, 10 * own)):
         detail = f"not compared to the bit: the unsplit model does not equal itself in two runs, by up to {own:.2g}"
-        return Check(NAME, False, f"{detail} of the largest value; the split one differs by no more", compared=False)
+        return Check(NAME, False, f"{detail} of the largest value", compared=False)
     raise SplitMismatch(
         f"{NAME}: {differing[0]}"
         + (f" ({len(differing)} differ in all)" if len(differing) > 1 else "")
@@ -174,29 +186,28 @@ def _differing(found: Gradients, expected: Gradients, plan: Plan, more: float) -
     names += [name for name in (*found.of, *expected.of) if name not in layers]
     fast = {tie.names[0] for tie in plan.graph.tied} if plan.tied == "fast" else set()
     usual = more if expected.exact else max(more, _ANY_ORDER)
-    scale = max((_largest(gradient) for gradient in expected.of.values()), default=0.0)
+    unequal = [name for name in dict.fromkeys(names) if not _is_same(found.of.get(name), expected.of.get(name))]
+    scale = max((_largest(gradient) for gradient in expected.of.values()), default=0.0) if unequal else 0.0
     differ = []
-    for name in dict.fromkeys(names):
-        here, there = found.of.get(name), expected.of.get(name)
+    for name in unequal:
         bound = max(usual, _TIED_FAST if name in fast else 0.0)
-        if words := _difference(here, there, bound, scale):
+        if words := _difference(found.of.get(name), expected.of.get(name), bound, scale):
             index, layer = layers.get(name, (-1, ""))
             stage = next((s for s in range(plan.num_stages) if index in plan.partition.layers(s)), -1)
             differ.append(f"the gradient of {name} (layer {layer}, stage {stage}) {words}")
-    if found.total != expected.total and not (found.total != found.total and expected.total != expected.total):
-        if abs(found.total - expected.total) > usual * abs(expected.total):
-            differ.append(f"the loss of the first micro-batch is {found.total!r}, unsplit {expected.total!r}")
+    here, there = found.total, expected.total
+    same = here == there or (math.isnan(here) and math.isnan(there))
+    if not same and not abs(here - there) <= usual * abs(there):
+        differ.append(f"the loss of the first micro-batch is {here!r}, unsplit {there!r}")
     return differ
 
 
 def _difference(here: Tensor | None, there: Tensor | None, bound: float, scale: float) -> str:
     if here is None or there is None:
         missing = "only the unsplit model has one" if here is None else "the unsplit model has none"
-        return "" if here is there else f"is on one side only: {missing}"
+        return f"is on one side only: {missing}"
     if here.shape != there.shape or here.dtype != there.dtype:
         return f"is {here.dtype} {list(here.shape)}, unsplit {there.dtype} {list(there.shape)}"
-    if _is_same(here, there):
-        return ""
     distance, largest = _largest(_double(here) - _double(there)), _largest(there)
     eps = 4 * torch.finfo(there.dtype).eps
     if bound and distance <= max(bound, eps) * (largest + 0.1 * scale):
@@ -214,7 +225,9 @@ def _distance(one: Gradients, other: Gradients) -> float:
     return max(value for value in apart if value == value)
 
 
-def _is_same(here: Tensor, there: Tensor) -> bool:
+def _is_same(here: Tensor | None, there: Tensor | None) -> bool:
+    if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+        return here is there
     here, there = (t.to_dense() if t.layout is not torch.strided else t for t in (here, there))
     return torch.equal(here, there) or bool(((here == there) | ((here != here) & (there != there))).all())
 

@@ -306,7 +306,7 @@ class Pipeline:
             return unsplit.gradients(self._objective, self._plan, microbatch, draws, seed, others)
 
         try:
-            with self._need_workers().generators:
+            with self._need_workers().generators, first_step.num_threads(self._plan.num_threads):
                 check = first_step.compare(found, run(), self._plan, iter(run, None))
         except torch.OutOfMemoryError:
             reason = "not compared: the unsplit model does not fit the last stage's device beside the stage"

@@ -21,8 +21,8 @@ class RunContext(NamedTuple):
     """What a micro-batch's computations depend on besides their values."""
 
     mode: str
-    """"train", "evaluate", "predict", "check": a step that only makes gradients, or "locate": forward as in training,
-    to find the first layer that goes wrong."""
+    """"train", "evaluate", "predict"; "check": a micro-batch that only makes gradients; "locate": forward as in
+    training, to find the first layer that goes wrong."""
     step: int
     """The training step, for random keys."""
     sizes: tuple[int, ...]
