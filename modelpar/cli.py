@@ -139,7 +139,9 @@ def _split_flags(words: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             overrides.append(word)
         elif flag not in _HYDRA_FLAGS:
-            raise ConfigError(f"{word} is not an option of train; expected overrides, --config-dir, {', '.join(_HYDRA_FLAGS)}")
+            raise ConfigError(
+                f"{word} is not an option of train; expected overrides, --config-dir, {', '.join(_HYDRA_FLAGS)}"
+            )
         else:
             flags += [word, *itertools.islice(rest, 0 if equals else _HYDRA_FLAGS[flag])]
     return overrides, flags

@@ -25,28 +25,30 @@ from typing import Any, NamedTuple
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
+import torch
+import transformers
+from torch import nn
 
-from modelpar import Objective, plan  # noqa: E402
-from modelpar.errors import ModelparError, describe  # noqa: E402
-from modelpar.models import hf  # noqa: E402
-from modelpar.planning import partitioners  # noqa: E402
-from modelpar.proof import verify  # noqa: E402
+from modelpar import Objective, plan
+from modelpar.errors import ModelparError, describe
+from modelpar.models import hf
+from modelpar.planning import partitioners
+from modelpar.proof import verify
 
 SAMPLES, LENGTH, VOCABULARY, SIDE = 4, 16, 64, 32
 TINY = {
     "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 3,
     "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8, "max_position_embeddings": 64,
-    "pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "attention_dropout": 0.1, "hidden_dropout_prob": 0.1,
+    "pad_token_id": 0, "decoder_start_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "attention_dropout": 0.1, "hidden_dropout_prob": 0.1,
     "attention_probs_dropout_prob": 0.1, "image_size": SIDE, "patch_size": 8, "num_local_experts": 4, "num_experts": 4,
     "num_experts_per_tok": 2, "moe_intermediate_size": 16, "encoder_layers": 3, "decoder_layers": 3, "d_model": 16,
     "encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32,
     "embedding_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "d_ff": 32, "d_kv": 8, "num_layers": 3,
     "state_size": 4, "conv_dim": (8, 8), "conv_kernel": (5, 3), "conv_stride": (4, 2), "num_conv_pos_embeddings": 4,
     "num_conv_pos_embedding_groups": 2, "mask_time_prob": 0.0, "sliding_window": 8, "num_labels": 3,
-    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "shared_expert_intermediate_size": 16,
+    "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1,
+    "shared_expert_intermediate_size": 16,
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8,
 }  # fmt: skip
 """Sizes by the names that config classes have for them; each class gets those that it knows."""
@@ -66,14 +68,17 @@ CHOSEN: dict[str, dict[str, Any]] = {
     "MixtralConfig": {"output_router_logits": True}, "Qwen2MoeConfig": {},
     "GptOssConfig": {},
     # encoders
-    "BertConfig": {}, "RobertaConfig": {}, "DistilBertConfig": {"dim": 16, "n_layers": 3, "n_heads": 2}, "AlbertConfig": {},
+    "BertConfig": {}, "RobertaConfig": {}, "DistilBertConfig": {"dim": 16, "n_layers": 3, "n_heads": 2},
+    "AlbertConfig": {},
     "ElectraConfig": {}, "DebertaV2Config": {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
     "ModernBertConfig": {}, "XLNetConfig": {"n_head": 2, "d_inner": 32},
     # encoders with decoders
     "T5Config": {}, "BartConfig": {}, "MarianConfig": {},
     # pictures
-    "ViTConfig": {}, "DeiTConfig": {}, "SwinConfig": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 2, "patch_size": 4},
-    "ResNetConfig": {**PICTURE, "embedding_size": 8, "layer_type": "basic"}, "ConvNextConfig": {**PICTURE, "num_stages": 2},
+    "ViTConfig": {}, "DeiTConfig": {},
+    "SwinConfig": {"embed_dim": 8, "depths": [1, 2], "num_heads": [1, 2], "window_size": 2, "patch_size": 4},
+    "ResNetConfig": {**PICTURE, "embedding_size": 8, "layer_type": "basic"},
+    "ConvNextConfig": {**PICTURE, "num_stages": 2},
     # sound
     "Wav2Vec2Config": {"head": SOUND}, "WhisperConfig": {"head": SOUND, "num_mel_bins": 8, "max_source_positions": 8},
     # state spaces

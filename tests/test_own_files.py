@@ -185,31 +185,67 @@ def test_modules_on_pythonpath_have_names(tmp_path):
 @pytest.mark.parametrize(
     ("files", "factory", "message"),
     [
-        ({}, "no.such.module:build", "model.factory names no.such.module, which is neither a file nor a module that is .*"),
+        (
+            {},
+            "no.such.module:build",
+            "model.factory names no.such.module, which is neither a file nor a module that is .*",
+        ),
         ({}, "json.nothing:build", r"json.nothing cannot be imported: json.nothing: ModuleNotFoundError: No module .*"),
         ({}, "json:build", r"json has no function 'build'; .*"),
-        ({"mine": "x = 1\nimport nothing"}, "mine:build", r"mine cannot be imported: .*mine.py:2: ModuleNotFoundError: .*"),
-        ({"torch": ""}, "torch:build", r"model.factory names torch, and torch is both .*torch.py and .*; expected path/.*"),
-        ({"mine": "def build():\n    return 3"}, "mine:build", r"build\(\) in mine returned a int; expected \(model, .*"),
-        ({"mine": ""}, "mine.py", "model.factory is 'mine.py'; expected path/to/file.py:function or package.module:func.*"),
+        (
+            {"mine": "x = 1\nimport nothing"},
+            "mine:build",
+            r"mine cannot be imported: .*mine.py:2: ModuleNotFoundError: .*",
+        ),
+        (
+            {"torch": ""},
+            "torch:build",
+            r"model.factory names torch, and torch is both .*torch.py and .*; expected path/.*",
+        ),
+        (
+            {"mine": "def build():\n    return 3"},
+            "mine:build",
+            r"build\(\) in mine returned a int; expected \(model, .*",
+        ),
+        (
+            {"mine": ""},
+            "mine.py",
+            "model.factory is 'mine.py'; expected path/to/file.py:function or package.module:func.*",
+        ),
         ({}, "some-folder/mine:build", "model.factory names some-folder/mine, which is not a file"),
-        ({"mine": "import blocks", "blocks": "\n1 / 0"}, "mine.py:build", r"mine.py cannot be .*/blocks.py:2: ZeroDiv.*"),
-        ({"mine": "import blocks", "blocks": "x = ("}, "mine.py:build", r"mine.py cannot be .*/blocks.py:1: SyntaxError.*"),
-        ({"mine": "from .blocks import Block"}, "mine.py:build", r"mine.py cannot be imported: .*mine.py:1: ModuleNotFo.*"),
-        ({"mine": "from . import nothing"}, "mine.py:build", r"mine.py cannot be imported: .*mine.py:1: ImportError: .*"),
+        (
+            {"mine": "import blocks", "blocks": "\n1 / 0"},
+            "mine.py:build",
+            r"mine.py cannot be .*/blocks.py:2: ZeroDiv.*",
+        ),
+        (
+            {"mine": "import blocks", "blocks": "x = ("},
+            "mine.py:build",
+            r"mine.py cannot be .*/blocks.py:1: SyntaxError.*",
+        ),
+        (
+            {"mine": "from .blocks import Block"},
+            "mine.py:build",
+            r"mine.py cannot be imported: .*mine.py:1: ModuleNotFo.*",
+        ),
+        (
+            {"mine": "from . import nothing"},
+            "mine.py:build",
+            r"mine.py cannot be imported: .*mine.py:1: ImportError: .*",
+        ),
         ({"mine": "from ................ import x"}, "mine.py:build", r"mine.py cannot be imported: .*mine.py:1: .*"),
         (
             {"mine": "\nimport yaml", "yaml": ""},
             "mine.py:build",
-            r".*/mine.py:2 imports yaml, which is .*/yaml.py and also .*; expected a name for the former that nothing .*",
+            r".*/mine.py:2 imports yaml, which is .*/yaml.py and also .*; expected a name for the former .*",
         ),
         (
             {"mine": "import blocks\ndef build():\n    pass", "blocks": "import queue", "queue": ""},
             "mine.py:build",
-            r".*/blocks.py:1 imports queue, which is .*/queue.py and also .*queue.py; expected a name for the former .*",
+            r".*/blocks.py:1 imports queue, which is .*/queue.py and also .*queue.py; expected a name for .*",
         ),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_imported_is_refused_in_one_line(tmp_path, monkeypatch, files, factory, message):
     monkeypatch.chdir(tmp_path)
     write(tmp_path, **files)
