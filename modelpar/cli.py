@@ -8,6 +8,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch logs each peer that goes; modelpar says why, once
 
@@ -16,6 +17,7 @@ from omegaconf import DictConfig
 from rich.console import Console
 
 from modelpar import config as configs
+from modelpar.config_folders import choices, own_folders, own_groups, searched
 from modelpar.errors import ConfigError, ModelparError
 from modelpar.paths import config_dir
 
@@ -85,12 +87,33 @@ def _run(words: list[str]) -> None:
     command, *rest = words
     if command not in _COMMANDS:
         raise ConfigError(f"{command} is not a command; expected one of {', '.join(_COMMANDS)}")
-    if command not in ("view", "explain", "report") and {"-h", "--help"} & set(rest):
-        print(_command_help(command))
-        return
+    if command not in ("view", "explain", "report"):
+        if os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # for a _target_ beside the user's configurations; last, so it shadows nothing
+        rest = _searched(rest)
+        if {"-h", "--help"} & set(rest):
+            print(_command_help(command, rest))
+            return
     commands = {"train": _train, "simulate": _simulate, "compare": _compare}
     commands |= {"profile": _profile, "verify": _verify, "view": _view, "explain": _explain, "report": _report}
     commands[command](rest)
+
+
+def _searched(words: list[str]) -> list[str]:
+    """Returns the words with each `--config-dir DIR` as the override that says the same."""
+    folders, rest, given = [], [], iter(words)
+    for word in given:
+        flag, equals, value = word.partition("=")
+        if flag not in ("--config-dir", "-cd"):
+            rest.append(word)
+        elif folder := value if equals else next(given, ""):
+            folders.append(folder)
+        else:
+            raise ConfigError("--config-dir has no value; expected --config-dir path/to/folder")
+    for folder in folders:
+        if not Path(folder).expanduser().is_dir():
+            raise ConfigError(f"--config-dir is {folder}, which is not a folder; expected one with your configurations")
+    return searched(folders, rest)
 
 
 _HYDRA_FLAGS = {"-m": 0, "--multirun": 0, "-c": 1, "--cfg": 1, "--resolve": 0, "-p": 1, "--package": 1}
@@ -116,7 +139,9 @@ def _split_flags(words: list[str]) -> tuple[list[str], list[str]]:
         if not word.startswith("-"):
             overrides.append(word)
         elif flag not in _HYDRA_FLAGS:
-            raise ConfigError(f"{word} is not an option of train; expected overrides or {', '.join(_HYDRA_FLAGS)}")
+            raise ConfigError(
+                f"{word} is not an option of train; expected overrides, --config-dir, {', '.join(_HYDRA_FLAGS)}"
+            )
         else:
             flags += [word, *itertools.islice(rest, 0 if equals else _HYDRA_FLAGS[flag])]
     return overrides, flags
@@ -227,7 +252,8 @@ def _overrides(command: str, words: list[str]) -> list[str]:
             raise ConfigError("compare takes lists as they are, partition=uniform,optimal; expected no -m")
         if word.startswith("-"):
             raise ConfigError(
-                f"{word} is not an option of {command}; expected overrides such as {configs.GROUPS[0]}=mlp"
+                f"{word} is not an option of {command}; expected --config-dir or overrides such as "
+                f"{configs.GROUPS[0]}=mlp"
             )
     return words
 
@@ -237,16 +263,20 @@ def _help() -> str:
     return f"usage: modelpar COMMAND …\n\n{lines}\n\nmodelpar COMMAND --help says more."
 
 
-def _command_help(command: str) -> str:
+def _command_help(command: str, words: list[str]) -> str:
     """Returns a command's groups with their choices, its options with their defaults, and examples."""
-    groups = "\n".join(f"  {group:<12} {', '.join(configs.choices(group))}" for group in configs.GROUPS)
+    folders = own_folders(words)
+    names = {group: group for group in configs.GROUPS} | {f"+{group}": group for group in own_groups(folders)}
+    groups = "\n".join(f"  {name:<12} {', '.join(choices(group, folders))}" for name, group in names.items())
     options = "\n".join(f"  {line}" for line in configs.options_text(command))
     example = config_dir() / "model" / "gpt.yaml"
     return (
         f"modelpar {command}: {_COMMANDS[command]}\n\nusage: modelpar {command} [group=choice] [option=value] …\n\n"
         f"groups and their choices:\n{groups}\n\n"
         f"options and their defaults (training.steps=300 changes one):\n{options}\n\n"
-        f"A group's own options are in its file, such as {example}.\n\n{_examples(command)}"
+        f"A group's own options are in its file, such as {example}.\n"
+        f"--config-dir DIR adds groups and choices of your own: DIR/model/mine.yaml is model=mine.\n\n"
+        f"{_examples(command)}"
     )
 
 

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import re
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hydra import compose, initialize_config_dir
@@ -13,9 +14,11 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Glob, Override
 from hydra.errors import HydraException, InstantiationException, OverrideParseException
 from hydra.utils import get_method, instantiate
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
+from modelpar.config_folders import choices, file_of, own_folders, own_groups, search_words
 from modelpar.errors import ConfigError, ModelparError
 from modelpar.paths import config_dir
 from modelpar.planning.cluster import Cluster, Link
@@ -31,13 +34,22 @@ def load(name: str, overrides: Sequence[str]) -> DictConfig:
     Raises ConfigError, in one line, for an override that is unknown or misspelt (with the valid names), ambiguous,
     malformed, missing or of the wrong type.
     """
-    _refuse_several(overrides)
+    folders = own_folders(overrides)
+    _refuse_several(overrides, folders)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            config = compose(name, list(overrides))
-            plain = compose(name, _chosen(overrides))
+            config = compose(name, list(overrides), return_hydra_config=True)
+            found = config.hydra.runtime.choices
+            picked = [f"{group}={found[group] or 'null'}" for group in GROUPS if group in found]
+            with open_dict(config):
+                del config["hydra"]
+            plain = compose(name, [*search_words(overrides), *picked])
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_explain(error, name, overrides)) from error
+        raise ConfigError(_explain(error, name, overrides, folders)) from error
+    except YAMLError as error:
+        place = getattr(error, "problem_mark", None)
+        where = f"{place.name}, line {place.line + 1}" if place else "a configuration"
+        raise ConfigError(f"{where} is no YAML: {getattr(error, 'problem', None) or _first_line(error)}") from error
     except ValueError as error:  # Hydra's own, for an override without a name
         raise ConfigError(f"malformed override: {_first_line(error)}; expected key=value or group=choice") from error
     _check_sections(config, plain)
@@ -82,11 +94,6 @@ def make(config: DictConfig, what: str, **arguments: Any) -> Any:
         raise ConfigError(f"{what} cannot be made: {type(cause).__name__}: {reason}") from error
 
 
-def choices(group: str) -> list[str]:
-    """Returns the choices of a config group."""
-    return sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-
-
 def options_text(command: str) -> list[str]:
     """Returns the lines of a command's own options, with their defaults and comments, as they stand in its file."""
     names = ["train"] if command == "train" else ["train", command]
@@ -109,47 +116,52 @@ def parse_lists(overrides: Sequence[str]) -> list[list[str]]:
 
     Raises ConfigError where an override is malformed.
     """
+    folders = own_folders(overrides)
     try:
         parsed = OverridesParser.create().parse_overrides(list(overrides))
         return [
-            [f"{override.get_key_element()}={value}" for value in _values(override)]
+            [f"{override.get_key_element()}={value}" for value in _values(override, folders)]
             if override.is_sweep_override()
             else [text]
             for text, override in zip(overrides, parsed, strict=True)
         ]
     except HydraException as error:
-        raise ConfigError(_explain(error, "", overrides)) from error
+        raise ConfigError(_explain(error, "", overrides, folders)) from error
 
 
-def _values(override: Override) -> Sequence[str]:
+def _values(override: Override, folders: Sequence[Path]) -> Sequence[str]:
     value = override.value()
     if isinstance(value, Glob):  # such as partition=glob(by_*)
-        return value.filter(choices(override.key_or_group))
+        return value.filter(choices(override.key_or_group, folders))
     return list(override.sweep_string_iterator())
 
 
-def _refuse_several(overrides: Sequence[str]) -> None:
+def _refuse_several(overrides: Sequence[str], folders: Sequence[Path]) -> None:
     """Raises ConfigError where a group gets a list: Hydra would merge the choices into one that nobody wants."""
-    for override in _chosen(overrides):
+    for override in _chosen(overrides, folders):
         group, _, value = override.partition("=")
         if value.startswith("["):
-            raise ConfigError(f"{override} gives several choices; expected one of {', '.join(choices(group))}")
+            raise ConfigError(f"{override} gives several choices; expected one of {', '.join(choices(group, folders))}")
 
 
-def _chosen(overrides: Sequence[str]) -> list[str]:
+def _chosen(overrides: Sequence[str], folders: Sequence[Path]) -> list[str]:
     """Returns those overrides that choose something from a group."""
-    return [override for override in overrides if override.split("=")[0] in GROUPS]
+    keys = {*GROUPS, *(f"+{group}" for group in own_groups(folders))}
+    return [override for override in overrides if override.split("=")[0] in keys]
 
 
-def _explain(error: Exception, name: str, overrides: Sequence[str]) -> str:
+def _explain(error: Exception, name: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """Says in one line what is wrong with the overrides."""
     text = str(error)
     if found := re.search(r"Could not find '(\w+)/([^']*)'", text):
         group, choice = found.groups()
-        return f"{group}={choice} is unknown; {_expected(choice, choices(group))}"
+        return f"{group}={choice} is unknown; {_expected(choice, choices(group, folders))}"
     if found := re.search(r"(?:Could not override|Key) '([\w.@/-]+)'", text):
         key = _full_key(found[1], overrides)
-        return f"{key} is unknown; {_expected(key, list(_keys_near(name, key, overrides)))}{_by_plus(key, overrides)}"
+        if key in own_groups(folders):
+            return f"{key} is a group of yours that nothing is chosen from yet; expected +{key}=…"
+        near = list(_keys_near(name, key, [*search_words(overrides), *_chosen(overrides, folders)]))
+        return f"{key} is unknown; {_expected(key, near)}{_by_plus(key, overrides, folders)}"
     if found := re.search(r"Ambiguous value for argument '([^']*)'", text):
         key, _, value = found[1].partition("=")
         one = "one" if key in GROUPS else f"one, a list {key}=[{value}]"
@@ -165,10 +177,10 @@ def _full_key(key: str, overrides: Sequence[str]) -> str:
     return next((k for k in keys if k == key or k.endswith(f".{key}")), key)
 
 
-def _keys_near(name: str, key: str, overrides: Sequence[str]) -> Iterator[str]:
+def _keys_near(name: str, key: str, chosen: list[str]) -> Iterator[str]:
     """Yields the keys that would be valid where a key is not: at the deepest level of it that exists."""
     with initialize_config_dir(str(config_dir()), version_base="1.3"):
-        node: Any = compose(name, _chosen(overrides))
+        node: Any = compose(name, chosen)
     prefix: list[str] = []
     for part in key.split(".")[:-1]:
         below = OmegaConf.select(node, part)
@@ -179,12 +191,12 @@ def _keys_near(name: str, key: str, overrides: Sequence[str]) -> Iterator[str]:
     yield from (".".join([*prefix, str(k)]) for k in node if not str(k).startswith("_"))
 
 
-def _by_plus(key: str, overrides: Sequence[str]) -> str:
+def _by_plus(key: str, overrides: Sequence[str], folders: Sequence[Path]) -> str:
     """Returns what else is possible for a group whose function takes any option: a + adds it."""
     group = key.partition(".")[0]
-    chosen = [override.partition("=")[2] for override in _chosen(overrides) if override.startswith(f"{group}=")]
-    file = config_dir() / group / f"{chosen[-1] if chosen else ''}.yaml"
-    if not file.is_file():
+    chosen = [override.partition("=")[2] for override in overrides if override.startswith(f"{group}=")]
+    file = file_of(group, chosen[-1] if chosen else "", folders)
+    if file is None:
         return ""
     try:
         takes = inspect.signature(get_method(OmegaConf.load(file)._target_)).parameters.values()
@@ -263,7 +275,8 @@ def _check_types(config: DictConfig, plain: DictConfig, prefix: str = "") -> Non
         if isinstance(default, DictConfig):
             _check_types(found, default, f"{key}.")
         else:
-            _check_type(key, found, _NULLABLE.get(key) or _REQUIRED.get(key) or type(plain[name]))
+            wanted = _REQUIRED.get(key) if OmegaConf.is_missing(plain, name) else type(plain[name])
+            _check_type(key, found, _NULLABLE.get(key) or wanted or type(found))
 
 
 def _check_type(key: str, found: Any, wanted: type) -> None:

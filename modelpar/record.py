@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from statistics import fmean, median
 from typing import Any
@@ -17,6 +18,17 @@ from modelpar.report.text import stage_parameters
 SCHEMA_VERSION = 1
 
 
+@dataclass(frozen=True)
+class HeldOut:
+    """What an evaluation on held-out data found."""
+
+    steps: int
+    """How many were done by then."""
+    loss: float
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """The loss function's own, means over the samples."""
+
+
 @dataclass
 class Record:
     """The steps and held-out losses of a training that may still go on."""
@@ -27,8 +39,7 @@ class Record:
     """Wall-clock time from one finished step to the next."""
     traced: list[Timeline] = field(default_factory=list)
     """Of the steps that were traced."""
-    heldout: list[tuple[int, float]] = field(default_factory=list)
-    """(number of steps done, loss)."""
+    heldout: list[HeldOut] = field(default_factory=list)
 
     @property
     def measured_step_seconds(self) -> float:
@@ -60,7 +71,9 @@ class Record:
     def metrics(self) -> dict[str, float]:
         """Returns the numbers by which people compare runs."""
         metrics = {"loss": self.results[-1].loss, "step_seconds": self.measured_step_seconds, "bubble": self.bubble}
-        return {**metrics, "heldout_loss": self.heldout[-1][1]} if self.heldout else metrics
+        for last in self.heldout[-1:]:
+            metrics |= {f"heldout_{name}": value for name, value in last.metrics.items()} | {"heldout_loss": last.loss}
+        return metrics
 
     def to_json(self, status: str, baseline: tuple[str, float] | None) -> dict[str, Any]:
         """Returns what result.json holds: times in seconds, memory in bytes, all else shares of 1 and losses.
@@ -73,7 +86,9 @@ class Record:
             "status": status,
             "steps": len(self.results),
             "losses": [result.loss for result in self.results],
-            "heldout_losses": [{"steps": steps, "loss": loss} for steps, loss in self.heldout],
+            "heldout_losses": [
+                {"steps": each.steps, "loss": each.loss, "metrics": dict(each.metrics)} for each in self.heldout
+            ],
             "baseline": list(baseline) if baseline else None,
             "step_seconds": self.step_seconds,
             "measured_step_seconds": self.measured_step_seconds if self.results else None,

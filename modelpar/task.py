@@ -149,7 +149,8 @@ def _objective(config: DictConfig) -> tuple[Objective, Any]:
 def model_name(config: DictConfig) -> str:
     """Returns a short name of the model: of its file, of its config's class or folder, or of the choice."""
     if "factory" in config.model:
-        return Path(config.model.factory.split(":")[0]).stem
+        source = Path(config.model.factory.rpartition(":")[0])
+        return source.stem if source.suffix == ".py" else source.name.rpartition(".")[2]
     return Path(config.model.config).name if "config" in config.model else choice(config, "model")
 
 

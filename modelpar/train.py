@@ -21,7 +21,7 @@ from modelpar.errors import ModelparError, PlanError, written
 from modelpar.planning.explain import Explanation
 from modelpar.planning.plan import Plan
 from modelpar.planning.simulate import predict
-from modelpar.record import Record
+from modelpar.record import HeldOut, Record
 from modelpar.report.progress import TrainingProgress
 from modelpar.report.tensorboard.writer import RunWriter
 from modelpar.report.text import TrainingSummary, partition_table, prediction_notes, training_summary
@@ -122,10 +122,10 @@ def _loop(
                         _trace(writer, record)
                 heldout = task.data.heldout(training.batch_size, training.eval_samples)
                 for first in itertools.islice(heldout, 1):  # with data.heldout=0 there is none
-                    loss = pipeline.evaluate(itertools.chain([first], heldout)).loss
-                    record.heldout.append((len(record.results), loss))
-                    writer.heldout(len(record.results) - 1, loss)
-                    progress.heldout(loss)
+                    found = pipeline.evaluate(itertools.chain([first], heldout))
+                    record.heldout.append(HeldOut(len(record.results), found.loss, found.metrics))
+                    writer.heldout(len(record.results) - 1, found.loss, found.metrics)
+                    progress.heldout(found.loss, found.metrics)
                 run.write_weights(pipeline.state_dict(), plan.graph.tied)
     except (Exception, SystemExit):  # the latter where nobody reads what is printed any more
         _keep_weights(pipeline, run, plan)
@@ -213,7 +213,8 @@ def _say_summary(console: Console, run: RunDir, task: Task, record: Record) -> N
         step_seconds=record.measured_step_seconds,
         utilization=record.utilization(),
         view_command=run.view_command(),
-        heldout_loss=record.heldout[-1][1] if record.heldout else None,
+        heldout_loss=record.heldout[-1].loss if record.heldout else None,
+        heldout_metrics=record.heldout[-1].metrics if record.heldout else {},
         baseline=task.data.baseline,
         predicted_step_seconds=prediction.step_seconds if prediction else None,
         explanation=_explained(record),

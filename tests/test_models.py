@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from modelpar.errors import ConfigError
-from modelpar.models import convnet, file, gpt, mlp
+from modelpar.models import convnet, file, gpt, imports, mlp
 
 SMALL = {
     "gpt": lambda: gpt.build(context=16, width=32, depth=2, heads=4),
@@ -173,7 +173,7 @@ def test_a_model_from_a_file_reaches_processes_that_cannot_import_it(tmp_path):
     user_file(tmp_path, "def scale(x):\n    return 3 * x\n", "neighbour.py")
     path_before = list(sys.path)
     model, (inputs, targets), loss = file.load(user_file(tmp_path, GOOD) + ":build")
-    assert sys.path == path_before
+    assert sys.path == [*path_before, str(tmp_path)]  # last: it shadows nothing
     assert loss(model(inputs), targets).shape == ()
     sent = tmp_path / "model.pickle"
     sent.write_bytes(cloudpickle.dumps((model, inputs)))
@@ -187,7 +187,7 @@ def test_a_model_from_a_file_reaches_processes_that_cannot_import_it(tmp_path):
 
 def test_modules_that_workers_have_are_not_sent():
     before = cloudpickle.list_registry_pickle_by_value()
-    file._pickle_neighbours_by_value(Path("/"), {"modelpar.models.gpt", "json", "torch", "sys", "not imported"})
+    imports.pickle_by_value(Path("/"), {"modelpar.models.gpt", "json", "torch", "sys", "not imported"})
     assert cloudpickle.list_registry_pickle_by_value() == before
 
 

@@ -92,7 +92,7 @@ def test_a_step_becomes_one_point_on_every_curve(tmp_path: Path) -> None:
     with RunWriter(tmp_path, small_plan()) as writer:
         writer.step(step(0), step_seconds=2.0, samples=8)
         writer.step(step(1), step_seconds=1.0, samples=8)
-        writer.heldout(1, 3.5)
+        writer.heldout(1, 3.5, {"accuracy": 0.25, "loss": 9.0})
     events = read(tmp_path)
     curves = {
         "train/loss": [4.0, 3.0],
@@ -114,7 +114,8 @@ def test_a_step_becomes_one_point_on_every_curve(tmp_path: Path) -> None:
     for tag, expected in curves.items():
         assert values(events, tag) == list(enumerate(expected)), tag
     assert values(events, "train/heldout_loss") == [(1, 3.5)]
-    assert set(events.Tags()["scalars"]) == {*curves, "train/heldout_loss"}
+    assert values(events, "train/heldout_accuracy") == [(1, 0.25)]
+    assert set(events.Tags()["scalars"]) == {*curves, "train/heldout_loss", "train/heldout_accuracy"}
 
 
 def test_a_run_without_prediction_has_no_curve_for_it(tmp_path: Path) -> None:

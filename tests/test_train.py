@@ -25,7 +25,7 @@ from modelpar.capture.capture import capture
 from modelpar.capture.objective import Objective
 from modelpar.data.arrays import arrays
 from modelpar.errors import PlanMismatch
-from modelpar.models import convnet, gpt
+from modelpar.models import convnet, file, gpt
 from modelpar.task import task_of
 from modelpar.train import _stop_between_steps, train
 
@@ -506,3 +506,50 @@ def test_a_file_with_its_own_layers_over_rpc(poisoned):
     assert listing(poisoned / "runs" / "run") == FILES_OF_PROCESSES
     assert result_of(poisoned)["status"] == "done"
     assert set(load_file("runs/run/weights.safetensors")) == {"first.weight", "last.weight", "last.bias"}
+
+
+METRICS = """
+import torch
+from torch import nn
+from modelpar import LossResult
+
+def loss(output, targets):
+    right = (output.argmax(1) == targets).float().mean()
+    total = nn.functional.cross_entropy(output, targets, reduction="sum")
+    return LossResult(total, len(targets), {"accuracy": right, "large": output.detach().abs().max()})
+
+def build():
+    model = nn.Sequential(nn.Linear(8, 16), nn.Dropout(0.5), nn.Linear(16, 3))
+    return model, (torch.randn(64, 8), torch.randint(3, (64,))), loss
+"""
+
+
+def test_a_loss_functions_own_metrics_of_held_out_data_are_kept_and_shown(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.py").write_text(METRICS)
+    rng = np.random.default_rng(0)
+    inputs, targets = rng.standard_normal((80, 8)).astype(np.float32), rng.integers(3, size=80)
+    np.savez("samples.npz", inputs=inputs, targets=targets)
+    words = ["model=file", "model.factory=mine.py:build", "data=arrays", "data.path=samples.npz", "data.heldout=0.25"]
+    words += [*THREADS, "training.steps=4", "training.eval_every=2", "training.batch_size=8", "output.name=run"]
+    outcome = call("train", *words)
+    assert (outcome.code, outcome.err) == (0, "")
+    found = result_of(tmp_path)["heldout_losses"]
+    assert [(point["steps"], set(point["metrics"])) for point in found] == [
+        (steps, {"accuracy", "large"}) for steps in (2, 4)
+    ]
+    model = file.load("mine.py:build")[0].eval()
+    load_into(model, "runs/run")
+    task = task_of(configs.load("train", words))
+    held = list(task.data.heldout(8, 256))
+    right = sum((model(x).argmax(1) == y).sum().item() for x, y in held) / sum(len(y) for _, y in held)
+    assert found[-1]["metrics"]["accuracy"] == pytest.approx(right)
+    assert [value for _, value in scalars(tmp_path, "train/heldout_accuracy")] == pytest.approx(
+        [point["metrics"]["accuracy"] for point in found]
+    )
+    assert [step for step, _ in scalars(tmp_path, "train/accuracy")] == [0, 1, 2, 3]
+    assert scalars(tmp_path, "result/heldout_accuracy")
+    lines = outcome.out.splitlines()
+    assert f"held-out accuracy  {right:.4f}" in [line.rstrip() for line in lines]
+    large = f"{found[-1]['metrics']['large']:.4f}"
+    assert any(line.startswith("held-out loss ") and line.endswith(large) for line in lines)

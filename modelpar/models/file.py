@@ -1,91 +1,77 @@
-"""A model from any Python file: `model=file model.factory=path/to/file.py:build`."""
+"""A model from a function of the user's: `model=file model.factory=path/to/file.py:build`, or package.module:build."""
 
 from __future__ import annotations
 
-import hashlib
+import importlib
 import importlib.util
-import sys
-import sysconfig
-import traceback
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import cloudpickle
 from torch import nn
 
 from modelpar.errors import ConfigError
+from modelpar.models.imports import beside, elsewhere, keep_on_path, own_code, place, run, where
 
 
 def load(factory: str) -> tuple[nn.Module, tuple[Any, Any], Callable[..., Any] | None]:
-    """Returns what the function of a file returns: (model, example_batch, loss), checked.
+    """Returns what a function of the user's returns: (model, example_batch, loss), checked.
 
-    `factory` is "path/to/file.py:function". The file, and modules beside it that it imports, are pickled by value, so
-    that processes which receive the model need neither. Raises ConfigError, one line that says what is wrong and where.
+    `factory` is "path/to/file.py:function", or "package.module:function" for a module that is installed, on PYTHONPATH
+    or in the current folder. Raises ConfigError, one line that says what is wrong and where.
     """
-    path_text, colon, function = str(factory).rpartition(":")
-    if not colon or not path_text or not function:
-        raise ConfigError(f"model.factory is {factory!r}; expected path/to/file.py:function")
-    path = Path(path_text).expanduser().resolve()
-    if not path.is_file():
-        raise ConfigError(f"model.factory names {path_text}, which is not a file")
-    before = set(sys.modules)
-    sys.path.insert(0, str(path.parent))  # as for a script that Python runs
-    try:
-        module = _import(path)
+    source, colon, function = str(factory).rpartition(":")
+    if not colon or not source or not function:
+        raise ConfigError(f"model.factory is {factory!r}; expected path/to/file.py:function or package.module:function")
+    path = Path(source).expanduser().resolve()
+    if path.is_file():
+        root, names = place(path)
+        return _call(lambda: run(path, root, names), own_code(root), function, path.name, root, str(path))
+    if not all(part.isidentifier() for part in source.split(".")) or source.endswith(".py"):
+        raise ConfigError(f"model.factory names {source}, which is not a file")
+    folder, top = Path.cwd(), source.partition(".")[0]
+    keep_on_path(folder)
+    here = beside(folder, top)
+    if here and (other := elsewhere(top, here)):
+        raise ConfigError(
+            f"model.factory names {source}, and {top} is both {here} and {other}; expected path/to/file.py:function"
+        )
+    spec = importlib.util.find_spec(top)
+    if spec is None:
+        raise ConfigError(
+            f"model.factory names {source}, which is neither a file nor a module that is installed, on PYTHONPATH or "
+            f"in {folder}; expected path/to/file.py:function or package.module:function"
+        )
+    root = Path(spec.origin).parent if spec.has_location and spec.origin else folder
+    return _call(lambda: importlib.import_module(source), nullcontext(), function, source, root, source)
+
+
+def _call(
+    imported: Callable[[], ModuleType],
+    within: AbstractContextManager[None],
+    function: str,
+    shown: str,
+    root: Path,
+    source: str,
+) -> tuple[nn.Module, tuple[Any, Any], Callable[..., Any] | None]:
+    """Imports a module and calls its function; says in which of the files in `root` it failed."""
+    with within:
+        try:
+            module = imported()
+        except ConfigError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise ConfigError(f"{shown} cannot be imported: {where(error, root, source)}") from error
         build = getattr(module, function, None)
         if not callable(build):
-            raise ConfigError(f"{path} has no function {function!r}; {_functions(module)}")
+            raise ConfigError(f"{source} has no function {function!r}; {_functions(module)}")
         try:
             built = build()
         except (Exception, SystemExit) as error:
-            raise ConfigError(f"{function}() failed: {_where(error, path)}") from error
-    finally:
-        sys.path.remove(str(path.parent))
-        _pickle_neighbours_by_value(path.parent, set(sys.modules) - before)
-    return _checked(built, f"{function}() in {path}")
-
-
-def _import(path: Path) -> ModuleType:
-    """Runs a file under a module name of its own, so that neither its name nor a second load can clash."""
-    name = f"modelpar_file_{path.stem}_{hashlib.sha256(str(path).encode()).hexdigest()[:8]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    if spec is None or spec.loader is None:
-        raise ConfigError(f"{path} is not a Python file; expected a name that ends in .py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    try:
-        spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        del sys.modules[name]
-        raise ConfigError(f"{path.name} cannot be imported: {_where(error, path)}") from error
-    cloudpickle.register_pickle_by_value(module)
-    return module
-
-
-def _pickle_neighbours_by_value(folder: Path, names: set[str]) -> None:
-    """Registers those of the modules that lie in the folder and that no worker could import by itself."""
-    stdlib = sysconfig.get_path("stdlib")
-    for name in names:
-        module = sys.modules.get(name)
-        file = getattr(module, "__file__", None)
-        if module is None or file is None:
-            continue
-        file = Path(file).resolve()
-        installed = {"site-packages", "dist-packages"} & set(file.parts) or file.is_relative_to(stdlib)
-        if file.is_relative_to(folder) and not installed and name.split(".")[0] != "modelpar":
-            cloudpickle.register_pickle_by_value(module)
-
-
-def _where(error: BaseException, path: Path) -> str:
-    """Returns "file:line: Error: message" with the innermost line in the user's own file, where there is one."""
-    if isinstance(error, SyntaxError) and error.lineno is not None:
-        return f"{error.filename}:{error.lineno}: {type(error).__name__}: {error.msg}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if Path(frame.filename) == path]
-    place = f"{path}:{lines[-1]}" if lines else str(path)
-    message = " ".join(str(error).split())
-    return f"{place}: {type(error).__name__}" + (f": {message}" if message else "")
+            raise ConfigError(f"{function}() failed: {where(error, root, source)}") from error
+    return _checked(built, f"{function}() in {source}")
 
 
 def _functions(module: ModuleType) -> str:

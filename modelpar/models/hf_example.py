@@ -31,7 +31,7 @@ def example_batch(
     generator = torch.Generator().manual_seed(0)
     if main == "input_ids":
         limit = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if limit is not None and sequence_length > limit:
+        if limit is not None and 0 < limit < sequence_length:  # -1 says that there is none
             raise ConfigError(f"model.sequence_length is {sequence_length}; this {name} has {limit} positions")
         inputs = _tokens(config.get_text_config(), (num_examples, sequence_length), generator)
     elif main == "pixel_values":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from threading import Lock
 from types import TracebackType
 from typing import Self
@@ -133,7 +134,8 @@ class TrainingProgress:
         if not self._quiet:
             self._console.print(line, highlight=False, markup=False)
 
-    def heldout(self, loss: float) -> None:
-        """Shows a loss on held-out data."""
+    def heldout(self, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Shows a loss on held-out data, and the loss function's own metrics."""
         if not self._quiet:
-            self._console.print(f"held-out loss {loss:.4f}", highlight=False)
+            more = "".join(f"  {name} {value:.4f}" for name, value in (metrics or {}).items())
+            self._console.print(f"held-out loss {loss:.4f}{more}", highlight=False, markup=False)

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from rich import box
 from rich.console import Group, RenderableType
@@ -226,6 +226,7 @@ class TrainingSummary:
     view_command: str
     """What the user types to see it all."""
     heldout_loss: float | None = None
+    heldout_metrics: Mapping[str, float] = field(default_factory=dict)
     baseline: tuple[str, float] | None = None
     """A name and a loss to compare with, such as ("byte-unigram entropy", 3.21)."""
     predicted_step_seconds: float | None = None
@@ -249,6 +250,8 @@ def training_summary(summary: TrainingSummary) -> RenderableType:
             difference = summary.heldout_loss - value
             text += f"   {name} {value:.4f} ({abs(difference):.2f} {'below' if difference <= 0 else 'above'} it)"
         grid.add_row("held-out loss", text)
+    for name, value in summary.heldout_metrics.items():
+        grid.add_row(Text(f"held-out {name}"), f"{value:.4f}")
     shares = (f"stage {stage} {percent(share)}" for stage, share in enumerate(summary.utilization))
     grid.add_row("utilization", "   ".join(shares))
     text = ms(summary.step_seconds)

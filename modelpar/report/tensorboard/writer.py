@@ -2,7 +2,8 @@
 
 ::
 
-    train/            loss, heldout_loss, lr, grad_norm, samples_per_second, and the loss function's own metrics
+    train/            loss, heldout_loss, lr, grad_norm, samples_per_second, and the loss function's own metrics, those
+                      of held-out data as heldout_…
     step/             seconds, predicted_seconds; makespan, which is seconds without what lies between two steps
     pipeline/         bubble; the timelines of traced steps, as images and as data for the Pipeline tab
     stage_utilization/, stage_wait/, stage_memory_mb/      one curve per stage, "stage 0", "stage 1", …
@@ -104,9 +105,10 @@ class RunWriter:
             values[f"{MEMORY}{curve}"] = num_bytes / 1e6
         self._scalars(values, result.step)
 
-    def heldout(self, step: int, loss: float) -> None:
-        """Writes the loss on held-out data after a step."""
-        self._scalars({"train/heldout_loss": loss}, step)
+    def heldout(self, step: int, loss: float, metrics: Mapping[str, float] | None = None) -> None:
+        """Writes the loss on held-out data after a step, and the loss function's own metrics."""
+        values = {f"train/heldout_{name}": value for name, value in (metrics or {}).items()}
+        self._scalars(values | {"train/heldout_loss": loss}, step)
 
     def timeline(self, step: int, timeline: Timeline, predicted: Timeline | None = None) -> None:
         """Writes the timeline of one traced step as an image, under the predicted one where that is given."""
