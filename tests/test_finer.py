@@ -261,3 +261,19 @@ def test_recording_leaves_other_threads_alone():
     going.clear()
     thread.join()
     assert not failed
+
+
+def test_a_layer_that_cannot_be_counted_is_guessed():
+    class Unwatched(nn.Linear):
+        """Does not stand a mode."""
+
+        def forward(self, x):
+            if torch.is_grad_enabled() and torch._C._len_torch_dispatch_stack():
+                raise RuntimeError("no")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(16, 16), Unwatched(16, 16), nn.Linear(16, 4))
+    cost = profiler.count(Objective(model, F.cross_entropy), layers(model)[1], batch(), model).profile.layers[1]
+    assert (cost.flops, cost.parameter_bytes) == (6 * 8 * 272, 4 * 272)
+    assert cost.kept_bytes >= 8 * 16 * 4
+    assert all(parameter.grad is None for parameter in model.parameters())

@@ -340,8 +340,9 @@ def _check_loss(
         if other_generators() != others:
             refuse_draws("the loss", lambda: loss(outputs[0]), model)
     first, second = (foreign(end, model) for end in ends)
-    for number in first.keys() & second.keys():
-        refuse_foreign(first[number], model, objective.loss, by_loss=number not in foreign(outputs[0], model))
+    if both := [tensor for number, tensor in first.items() if number in second]:
+        largest = max(both, key=Tensor.numel)
+        refuse_foreign(largest, model, objective.loss, by_loss=id(largest) not in foreign(outputs[0], model))
 
 
 def _loss(objective: Objective, output: Any, targets: Any, num_samples: int, which: str) -> Tensor:

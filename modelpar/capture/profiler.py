@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterable
@@ -30,6 +31,8 @@ from modelpar.capture.recording import Node
 from modelpar.capture.replay import Replay
 from modelpar.capture.untouched import untouched
 from modelpar.planning.profile import LayerCost, Profile
+
+_log = logging.getLogger(__name__)
 
 _NOMINAL_FLOPS = 2e10
 """FLOP/s by which FLOPs become seconds where nothing was measured. Only ratios between layers mean something then."""
@@ -84,7 +87,12 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
                 states = {id(t): t for m in layer.modules for t in model.get_submodule(m).parameters()}
                 states |= {id(t): t for p in layer.parameters if not p.buffer for t in [model.get_parameter(p.name)]}
                 with made(states.values()):
-                    known[key] = _count_layer(layer.name, list(states.values()), [*model.buffers()], forward, received)
+                    parameters = list(states.values())
+                    try:
+                        known[key] = _count_layer(layer.name, parameters, [*model.buffers()], forward, received)
+                    except Exception as error:  # it does not stand being watched
+                        _log.debug("the operations of %s cannot be counted: %s", layer.name, error)
+                        known[key] = _guess_layer(layer.name, parameters, forward, received, num_samples)
             cost, given = known[key]
             values |= zip(routine.gives, given, strict=False)
             costs.append(replace(cost, name=layer.name))
@@ -121,24 +129,44 @@ def _count_layer(
         kept = saved | _memory_of(trees.tensors_of(output))
         for place in _memory_of(trees.tensors_of(received)):
             kept.pop(place, None)
-        if given:  # not torch.autograd.grad, which the counter cannot follow
+        if given:
             torch.autograd.backward(given, [torch.ones_like(t) for t in given])
     for parameter in parameters:
         parameter.grad = None
-    flops, kept_bytes = float(counter.total), sum(kept.values())
-    cost = LayerCost(
+    kept_bytes = sum(kept.values())
+    cost = replace(
+        _cost(name, parameters, output, float(counter.total)),
+        saved_bytes=sum(saved.values()),
+        kept_bytes=kept_bytes,
+        temporary_bytes=max(0, allocations.peak - kept_bytes),
+    )
+    return cost, _detached(output)
+
+
+def _guess_layer(
+    name: str, parameters: list[nn.Parameter], forward: Callable[[Any], list[Any]], value: Any, num_samples: int
+) -> tuple[LayerCost, list[Any]]:
+    """Returns likewise, of a layer that cannot be counted: as if each parameter was used once per sample."""
+    output = forward(_fresh(value))
+    size = sum(_memory_of(trees.tensors_of(output)).values())
+    cost = _cost(name, parameters, output, 6.0 * num_samples * sum(p.numel() for p in parameters))
+    return replace(cost, saved_bytes=size, kept_bytes=size), _detached(output)
+
+
+def _cost(name: str, parameters: list[nn.Parameter], output: list[Any], flops: float) -> LayerCost:
+    return LayerCost(
         name=name,
         forward_seconds=flops / 3 / _NOMINAL_FLOPS,
         input_grad_seconds=flops / 3 / _NOMINAL_FLOPS,
         weight_grad_seconds=flops / 3 / _NOMINAL_FLOPS,
         flops=flops,
         parameter_bytes=sum(p.numel() * p.element_size() for p in parameters),
-        saved_bytes=sum(saved.values()),
         output_bytes=sum(t.numel() * t.element_size() for t in trees.tensors_of(output)),
-        kept_bytes=kept_bytes,
-        temporary_bytes=max(0, allocations.peak - kept_bytes),
     )
-    return cost, trees.map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), output)
+
+
+def _detached(output: list[Any]) -> list[Any]:
+    return trees.map_tensors(lambda t: t.detach().requires_grad_(t.requires_grad), output)
 
 
 class _Allocations(TorchDispatchMode):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -19,6 +20,8 @@ from modelpar.capture.compiled import is_compiled
 from modelpar.capture.flops import Flops
 from modelpar.capture.watch import module_calls
 from modelpar.errors import CaptureError, ConfigError, describe
+
+_log = logging.getLogger(__name__)
 
 FINER_THAN = 0.25
 """A module is looked into where it costs more than this share of a rank's part: then the parts can be evened out."""
@@ -148,47 +151,59 @@ def outermost(names: Iterable[str]) -> frozenset[str]:
 def _count(model: nn.Module, forward: Callable[[], Any]) -> tuple[dict[str, float], dict[str, set[str]]]:
     """Returns the share of all floating-point operations that one call of each module takes, and which others it calls.
 
-    Both of the modules that are called. Where a model has no operations that are counted, parameters stand for them.
+    Both of the modules that are called. Where a model has no operations that are counted, or does not stand it, their
+    parameters stand for them.
     """
+    try:
+        return _watched(model, forward, Flops())
+    except CaptureError as error:
+        _log.debug("the operations cannot be counted: %s", error)
+        return _watched(model, forward, None)
+
+
+def _watched(
+    model: nn.Module, forward: Callable[[], Any], counter: Flops | None
+) -> tuple[dict[str, float], dict[str, set[str]]]:
     found: Counter[str] = Counter()
     calls: Counter[str] = Counter()
     inner: dict[str, set[str]] = {}
     path: list[str] = []
     failed: list[tuple[str, list[Tensor]]] = []
     """The modules that an error went through, the innermost first."""
-    counter = Flops()
     names = {id(module): name for name, module in model.named_modules()}
 
     def count(call: Callable[..., Any], module: nn.Module, args: Any, kwargs: Any) -> Any:
         if id(module) not in names:
             return call(*args, **kwargs)
-        name, begun = names[id(module)], counter.total
+        name, begun = names[id(module)], counter.total if counter else 0
         inner.setdefault(name, set())
         if path:
             inner[path[-1]].add(name)
         path.append(name)
         try:
-            return call(*args, **kwargs)
+            output = call(*args, **kwargs)
+            failed.clear()  # of what the code around it has caught
+            return output
         except Exception:
             failed.append((name, trees.tensors_of((args, kwargs))))
             raise
         finally:
             path.pop()
-            found[name] += counter.total - begun
+            found[name] += counter.total - begun if counter else 0
             calls[name] += 1
 
     try:
-        with counter, torch.no_grad(), module_calls(count, model), warnings.catch_warnings():
+        with counter or nullcontext(), torch.no_grad(), module_calls(count, model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of checkpoints without gradients; the recording says what is true
             forward()
     except Exception as error:
-        straight = type(model).forward is nn.Sequential.forward and len(failed) > 1
-        name, tensors = failed[-2] if straight else failed[0] if failed else ("", [])
+        if type(model).forward is nn.Sequential.forward:  # its children are its layers
+            failed = [layer for layer in failed if layer[0]][-1:]
+        name, tensors = failed[0] if failed else ("", [])
         where = f"layer {name} ({type(model.get_submodule(name)).__name__})" if name else "the model"
         shapes = ", ".join(str(list(t.shape)) for t in tensors) or "no tensors"
         raise CaptureError(f"{where} failed on the example batch, input {shapes}: {describe(error)}") from error
-    total = found[""]
-    if total:
+    if counter and (total := counter.total):
         return {name: flops / total / calls[name] for name, flops in found.items()}, inner
     total = sum(p.numel() for p in model.parameters()) or 1
     return {name: sum(p.numel() for p in model.get_submodule(name).parameters()) / total for name in found}, inner
