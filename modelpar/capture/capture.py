@@ -15,20 +15,19 @@ from modelpar.capture import trees
 from modelpar.capture.compiled import is_compiled, uncompiled
 from modelpar.capture.cut import cut_routine
 from modelpar.capture.deferred import streamed
+from modelpar.capture.forwards import Forwards, copy_of, counting
 from modelpar.capture.graph import Layers, build_graph
 from modelpar.capture.guards import hold, watch
 from modelpar.capture.microbatch import Cutting
-from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, own_loss, run
-from modelpar.capture.origins import Earlier
+from modelpar.capture.objective import Batch, Objective, in_mode, loss_of, run
 from modelpar.capture.outside import foreign, other_generators, refuse_draws, refuse_foreign
 from modelpar.capture.parts import leaf_names
 from modelpar.capture.pruning import pruned
-from modelpar.capture.reads import Endless, Trial, settle
+from modelpar.capture.reads import settle
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.replay import Replay
 from modelpar.capture.sameness import check_same
 from modelpar.capture.survey import FINER_THAN, Grain, Survey, choose_leaves, outermost, survey
-from modelpar.capture.tape import Tape
 from modelpar.capture.traps import Trap
 from modelpar.capture.untouched import untouched
 from modelpar.capture.watch import generator_states, has_drawn
@@ -82,7 +81,7 @@ def capture(
         def forward(mode: str) -> None:
             before.restore()
             with in_mode(model, mode):
-                run(model, _copy(microbatch[0]))
+                run(model, copy_of(microbatch[0]))
 
         found = survey(model, partial(forward, "train"), partial(forward, "evaluate"))
     recorded = partial(record, objective, microbatch, model, num_samples=num_samples, other=other)
@@ -133,7 +132,7 @@ def record(
     shapes = ", ".join(str(list(t.shape)) for t in trees.tensors_of(microbatch[0]))
     which = "the example batch" if may_close else f"a batch with inputs {shapes}"
     retried = final = False
-    earlier, closed, direct = Earlier(), dict[str, str](), frozenset[str]()
+    closed, direct = dict[str, str](), frozenset[str]()
     num_samples = num_samples or _samples(objective, microbatch)
     with (
         untouched(model) as before,
@@ -144,28 +143,18 @@ def record(
         torch.set_grad_enabled(mode == "train"),
     ):
         before.keep_attributes()  # the mode
+        forwards = Forwards(objective, model, mode, num_samples, which, before)
         while True:
-            before.restore()
-            earlier.forward_begins(final=final)
-            others = other_generators()
+            others, whole = other_generators(), leaves | direct
             try:
-                run_tape = partial(_record, objective, model=model, mode=mode, num_samples=num_samples, which=which)
-                recording, output, targets = run_tape(microbatch, Tape(model, leaves | direct, earlier))
-                if earlier.unsure:
+                recording, output, targets = forwards.record(microbatch, whole, final=final)
+                if forwards.earlier.unsure:
                     final = True
                     continue
-                most = 10 * len(recording.nodes) + 1000
-
-                def again(trial: Trial, whole: frozenset[str] = leaves | direct, most: int = most) -> Recording:
-                    before.restore()
-                    earlier.forward_begins(final=False)
-                    return run_tape(microbatch, Tape(model, whole, earlier, trial, most))[0]
-
+                again = partial(forwards.again, microbatch, whole, most_nodes=10 * len(recording.nodes) + 1000)
                 recording = settle(recording, again)
                 if other is not None and _holds_for(recording, objective, model, other):
-                    before.restore()
-                    earlier.forward_begins(final=False)
-                    check_same(recording, run_tape(other, Tape(model, leaves | direct, earlier))[0])
+                    check_same(recording, forwards.record(other, whole)[0])
                 break
             except Trap as trap:
                 final = False
@@ -188,10 +177,10 @@ def record(
         recording = replace(pruned(recording), closed=tuple(closed.values()))
         _refuse_draws(recording, model)
         if other_generators() != others:
-            refuse_draws("the model's forward", lambda: run(model, _copy(microbatch[0])), model)
+            refuse_draws("the model's forward", lambda: run(model, copy_of(microbatch[0])), model)
         before.keep_attributes()  # code that is followed must not depend on what its last forward left in them
         before.restore()
-        plain = _counting(objective, mode, run(model, _copy(microbatch[0])))
+        plain = counting(objective, mode, run(model, copy_of(microbatch[0])))
         loss = partial(_loss, objective, targets=targets, num_samples=recording.num_samples, which=which)
         _check_loss(objective, mode, model, (output, plain), loss)
         before.restore()
@@ -213,29 +202,6 @@ def _like(model: nn.Module, name: str) -> list[str]:
     return [n for n in found if n.rpartition(".")[0] == place] if kind.__module__.startswith("torch.nn.") else found
 
 
-def _record(
-    objective: Objective, microbatch: Batch, tape: Tape, model: nn.Module, mode: str, num_samples: int, which: str
-) -> tuple[Recording, Any, Any]:
-    inputs, targets = map(_copy, microbatch)
-    takes_targets = objective.loss is not None and mode != "predict"
-
-    def forward() -> Any:
-        try:
-            return run(model, inputs)
-        except (Trap, Endless):
-            raise
-        except Exception as error:
-            if tape.trapped:  # the model's code made another error of it
-                raise tape.trapped from error
-            raise CaptureError(f"{tape.failure(which)}: {describe(error)}") from error
-
-    batch = leaf_names(inputs, targets if takes_targets else None)
-    finish = partial(_counting, objective, mode)
-    recording, output = tape.record(forward, batch, num_samples, finish, targets if takes_targets else None)
-    made_for = signature(mode, microbatch[0], microbatch[1] if takes_targets else None, recording.is_straight(model))
-    return replace(recording, signature=made_for), output, targets
-
-
 def _samples(objective: Objective, microbatch: Batch) -> int:
     """Returns how many samples a micro-batch has, as far as its inputs tell."""
     try:
@@ -244,20 +210,10 @@ def _samples(objective: Objective, microbatch: Batch) -> int:
         return 1
 
 
-def _counting(objective: Objective, mode: str, output: Any) -> Any:
-    """Returns what counts of a model's output: its own loss, if it has one and that is asked for."""
-    if objective.loss is not None or mode == "predict":
-        return output
-    loss = own_loss(output)
-    if not isinstance(loss, Tensor) or loss.dim():
-        loss_of(None, output, None, 1)  # says what is wrong
-    return loss
-
-
 def _replay(recording: Recording, model: nn.Module, microbatch: Batch) -> Any:
     """Returns what replaying a recording gives."""
     routine = cut_routine(recording, (0, len(Layers(recording).nodes)), 0)
-    values = leaf_names(*map(_copy, microbatch))
+    values = leaf_names(*map(copy_of, microbatch))
     try:
         return Replay(routine, model)({name: values[name] for name in routine.takes})["output"]
     except Exception as error:
@@ -273,10 +229,6 @@ def _check_same(replayed: Any, plain: Any) -> None:
             "cannot be seen, or asks whether somebody watches; expected a forward that depends on its inputs and "
             "weights only"
         )
-
-
-def _copy(tree: Any) -> Any:
-    return trees.map_tensors(lambda t: t.detach().clone(), tree)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:
