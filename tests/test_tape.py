@@ -223,7 +223,7 @@ def test_others_of_a_class_that_cannot_be_followed_are_leaves_too():
 
 
 class Dropping(nn.Module):
-    """An encoder as BART has it: it draws in its own forward, between its layers, and asks chance which to leave out."""
+    """An encoder as BART has it: it draws between its layers, and asks chance which ones to leave out."""
 
     def __init__(self, layerdrop=0.0):
         super().__init__()

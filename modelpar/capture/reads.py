@@ -39,6 +39,16 @@ class Trial(NamedTuple):
     """Which of the other outcomes."""
 
 
+class AsList(NamedTuple):
+    """A function whose array is to be compared as a list."""
+
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Returns what the function returns, as a list."""
+        return self.function(*args, **kwargs).tolist()
+
+
 class Endless(Exception):
     """Reports a forward that goes on and on once a number is another one."""
 

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from modelpar.capture import trees
+from modelpar.capture.path import Own
 from modelpar.capture.placed import Place, in_place
 from modelpar.planning.graph import BATCH
 
@@ -150,7 +151,7 @@ class Node:
     """FQNs of the modules whose own forward drew random numbers meanwhile."""
     calls: tuple[tuple[str, int], ...] = ()
     """How often each module was called meanwhile, of those that drew anywhere."""
-    own: tuple[str, int] | None = None
+    own: Own | None = None
     """Of a function that draws: whose code calls it, by FQN, and in which call of that module."""
     after: Ref | None = None
     """Where that code drew before in the same call: the state in which it left the generators, its last value."""

@@ -12,22 +12,22 @@ import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import BackwardCFunction
 
 from modelpar.capture import attributes, numbers, trees
 from modelpar.capture.chance import always_same
 from modelpar.capture.compiled import is_compiled
 from modelpar.capture.foreign import foreign_calls
-from modelpar.capture.held import HeldObjects, tensors_in
+from modelpar.capture.held import HeldObjects
 from modelpar.capture.origins import BUFFER, CHANCE, STATE, Earlier, Origins, version_of
+from modelpar.capture.path import Own, Path, checkpointed, saved_tensors_hook
 from modelpar.capture.placed import Place as PlaceOfWeight
 from modelpar.capture.placed import Places, in_place
-from modelpar.capture.reads import Endless, Trial, other, place_of
+from modelpar.capture.reads import AsList, Endless, Trial, other, place_of
 from modelpar.capture.recording import (
     PLACEHOLDER,
     Apply,
@@ -42,6 +42,7 @@ from modelpar.capture.recording import (
     function_name,
 )
 from modelpar.capture.shapes import Shaped, shaped_by, tells_shape, with_zeros
+from modelpar.capture.takes import Takes
 from modelpar.capture.traps import (
     DESCRIBES,
     SCALARS,
@@ -62,7 +63,6 @@ from modelpar.planning.graph import BATCH
 
 _MORE = BUFFER | STATE | CHANCE
 """What is not known before a stage computes."""
-_PLAIN = (*SCALARS, torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, torch.Generator, range)
 
 
 class Tape:
@@ -93,9 +93,8 @@ class Tape:
         self.nodes: list[Node] = []
         self.guards: list[Guard] = []
         self.together: list[tuple[int, int, str]] = []
-        self._path: list[str] = [""]
-        self._hooks = [_saved_tensors_hook()]
-        """For each module of the path, the hook for saved tensors that was set when it was called."""
+        self._path = Path()
+        self._takes = Takes(self._origins, self._held, self.nodes, self._trap)
         self._inside = 0
         """How many calls deep in something that is one node."""
         self._functions = Functions(self._function)
@@ -107,11 +106,7 @@ class Tape:
         """How often each module was called inside the leaf that is running."""
         self._leaf_calls: Counter[Any] = Counter()
         """How often each leaf was called."""
-        self._entered: Counter[str] = Counter()
-        """How often each module whose code is followed was called."""
-        self._nth = [0]
-        """For each module of the path, which call of it this is."""
-        self._last_draws: dict[tuple[str, int], Ref] = {}
+        self._last_draws: dict[Own, Ref] = {}
         """By module and call, the state in which its code left the generators."""
         self.trapped: Trap | None = None
         """The last trap, which the model's code may have caught."""
@@ -154,11 +149,11 @@ class Tape:
             raise Trap(name[0], "", f"sets its attribute {name[1]!r} in forward")
         self.together += [*self._held.bound(), *self._attributes.bound()]
         output = finish(output)
-        taken = self._template(self._without_objects(output), "")
+        taken = self._takes.template(self._takes.without_objects(output), "")
         recording = Recording(
             nodes=tuple(self._with_calls_that_count()),
             output=taken,
-            targets=None if targets is None else self._of_targets(targets),
+            targets=None if targets is None else self._takes.of_targets(targets),
             batch=tuple(batch),
             num_samples=num_samples,
             guards=tuple(self.guards),
@@ -205,17 +200,10 @@ class Tape:
                 raise self._trap(f"calls a {type(module).__name__} with parameters that is no part of the model")
             return call(*args, **kwargs)
         if name not in self.leaves:
-            if _checkpointed(_saved_tensors_hook()) is module:
+            if checkpointed(saved_tensors_hook()) is module:
                 raise self._trap("is called in a checkpoint of the code around it", inside=name)
-            self._path.append(name)
-            self._hooks.append(_saved_tensors_hook())
-            self._nth.append(self._entered[name])
-            self._entered[name] += 1
-            try:
+            with self._path.within(name):
                 return call(*args, **kwargs)
-            finally:
-                for stack in (self._path, self._hooks, self._nth):
-                    stack.pop()
         placed = self._places.others(module, self._origins.is_known)
         with self._functions.away():
             self._calls.clear()
@@ -238,9 +226,9 @@ class Tape:
             return
         now = vars(module).get(name, module)
         if now is value or (isinstance(value, SCALARS) and type(now) is type(value) and now == value):
-            self._put_back[id(module), name] = self._path[-1], code_line()  # unless a call of the leaf changes it
+            self._put_back[id(module), name] = self._path.module, code_line()  # unless a call of the leaf changes it
             return
-        raise self._sets(name, path, self._path[-1], code_line())
+        raise self._sets(name, path, self._path.module, code_line())
 
     def _sets(self, name: str, leaf: Any, inside: str, line: str) -> Trap:
         return self._trap(f"sets the attribute {name!r} of {leaf}, which is called whole", inside, line)
@@ -305,7 +293,7 @@ class Tape:
         if name == "getitem":
             args = args[0], self._with_plain_ends(args[1])
         by = shaped_by(name, args, kwargs)
-        if by and self._origins.flags_of(self._template(by, "")) & _MORE:
+        if by and self._origins.flags_of(self._takes.template(by, "")) & _MORE:
             raise self._trap(f"calls {name}, which returns as many values as the data say")
         return self._one(function, function, args, kwargs, shaped=bool(by))
 
@@ -325,9 +313,9 @@ class Tape:
 
     def _hook(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Notes that the code hooks into the backward of a tensor; the stage that makes the tensor does so, too."""
-        template, number = self._template((args, kwargs), code_line()), len(self.nodes)
+        template, number = self._takes.template((args, kwargs), code_line()), len(self.nodes)
         self.together += [(ref.node, number, "one hooks into the other's backward") for ref in template.refs]
-        self.nodes.append(Node(function, template, self._path[-1], code_line(), lasting=True, plain=(None,)))
+        self.nodes.append(Node(function, template, self._path.module, code_line(), lasting=True, plain=(None,)))
         self._origins.flags[number] = STATE
         return function(*args, **kwargs)
 
@@ -374,11 +362,11 @@ class Tape:
             raise Endless
         if torch.is_inference_mode_enabled():
             raise self._trap("computes in inference mode")
-        hooked = torch.is_grad_enabled() and _saved_tensors_hook() is not self._hooks[0]
-        if hooked and not (isinstance(target, str) and self._is_checkpointed(self._model.get_submodule(target))):
+        hooked = self._path.sets_hooks
+        if hooked and not (isinstance(target, str) and self._path.is_checkpointed(self._model.get_submodule(target))):
             what = "sets hooks for saved tensors, as checkpoints do, around more than a call of a module"
-            raise self._trap(what, inside=self._who_hooks())
-        template = self._template((args, kwargs), line)
+            raise self._trap(what, inside=self._path.who_sets_hooks)
+        template = self._takes.template((args, kwargs), line)
         tensors = trees.tensors_of((args, kwargs))
         module = self._model.get_submodule(target) if isinstance(target, str) else None
         versions = [version_of(t) for t in tensors]
@@ -400,7 +388,7 @@ class Tape:
         if module is None and not written and not any(isinstance(leaf, Tensor) for leaf in found):
             return self._read(target, template, tensors, output, line)
         number, drew = len(self.nodes), has_drawn(states)
-        own = (self._path[-1], self._nth[-1]) if drew and module is None else None
+        own = self._path.call if drew and module is None else None
         flags = self._origins.flags_of(template)
         if module is not None and (drew or _stays_put(module)):
             flags |= STATE
@@ -425,17 +413,17 @@ class Tape:
                 own=own,
                 after=self._last_draws.get(own) if own else None,
                 args=template,
-                inside=self._path[-1],
+                inside=self._path.module,
                 line=line,
                 nth=self._leaf_calls[target] if module is not None else 1,
                 placed=placed,
                 checkpoint=hooked,
-                writes=tuple(self._leaf_of(t, line) for t in changed),
+                writes=tuple(self._takes.leaf_of(t, line) for t in changed),
                 touches=tuple(ref for t in changed for ref in self._origins.places(t)),
                 written=tuple((t.requires_grad, t.numel() * t.element_size()) for t in changed),
                 aliases=len(changed) - len(written),
                 changes=tuple(states_changed),
-                draws=(own[0],) if own else tuple(dict.fromkeys(self._draws[drawn:])),
+                draws=(own.module,) if own else tuple(dict.fromkeys(self._draws[drawn:])),
                 calls=tuple(self._calls.items()) if module is not None else (),
                 settings=settings,
                 plain=tuple(plain),
@@ -495,116 +483,7 @@ class Tape:
             return Settings(None, casts) if casts else None
         return Settings(grad, casts)
 
-    # what is taken
-
-    def _template(self, tree: Any, line: str) -> Template:
-        """Returns a tree's template."""
-        if (number := self._origins.node_of(tree)) is not None:
-            return Template((Ref(number, None),), trees.flatten(0)[1])
-        leaves, spec = trees.flatten(self._with_whole_trees(tree))
-        return Template(tuple(self._leaf(leaf, line) for leaf in leaves), spec)
-
-    def _of_targets(self, targets: Any) -> Template:
-        """Returns the template of what the loss takes besides the output: objects that are no trees, such as arrays, as
-        they are."""
-        leaves, spec = trees.flatten(targets)
-        return Template(tuple(self._leaf_of(leaf, "") if isinstance(leaf, Tensor) else leaf for leaf in leaves), spec)
-
-    def _without_objects(self, output: Any) -> Any:
-        """Puts None where the model's output holds an object that is no tree, such as a cache: it stays behind."""
-        leaves, spec = trees.flatten(output)
-        objects = [not isinstance(leaf, (Tensor, *_PLAIN)) for leaf in leaves]
-        if not any(objects) or self._origins.node_of(output) is not None:
-            return output
-        kept = [None if is_object else leaf for leaf, is_object in zip(leaves, objects, strict=True)]
-        return trees.unflatten(kept, spec)
-
-    def _with_whole_trees(self, tree: Any) -> Any:
-        """Puts a Ref where an argument is the very tree that a node returned."""
-        if not (type(tree) is tuple and len(tree) == 2 and type(tree[0]) is tuple):
-            return tree
-        args, kwargs = tree
-
-        def whole(value: Any) -> Any:
-            number = self._origins.node_of(value)
-            return value if number is None else _Whole(Ref(number, None))
-
-        return tuple(map(whole, args)), {key: whole(value) for key, value in kwargs.items()}
-
-    def _leaf(self, leaf: Any, line: str) -> Any:
-        if isinstance(leaf, Tensor):
-            return self._leaf_of(leaf, line)
-        if isinstance(leaf, _Whole):
-            return leaf.ref
-        if isinstance(leaf, (numbers.FloatNumber, numbers.IntNumber)):
-            return leaf.ref
-        if isinstance(leaf, nn.Module):
-            raise self._trap(f"hands a {type(leaf).__name__} to a call", line=line)
-        if isinstance(leaf, _PLAIN) or callable(leaf):
-            return leaf
-        if isinstance(leaf, (np.ndarray, np.generic)):
-            return leaf.copy()
-        if isinstance(leaf, slice):
-            return leaf
-        if (held := self._held.find(leaf)) is not None:
-            return held
-        if not all(map(self._origins.is_constant, tensors_in(leaf))):
-            raise self._trap(f"hands on a {type(leaf).__name__} that holds tensors", line=line)
-        try:
-            return self._held.add(leaf)
-        except Exception as error:
-            what = f"hands on a {type(leaf).__name__}, which cannot be copied: {error}"
-            raise self._trap(what, line=line) from error
-
-    def _leaf_of(self, tensor: Tensor, line: str) -> Any:
-        ref = self._origins.refs.get(id(tensor))
-        if ref is None and id(tensor) in self._origins.states:
-            return self._origins.states[id(tensor)]
-        if ref is not None:
-            if isinstance(tensor.grad_fn, BackwardCFunction) and ref.node != BATCH:
-                node = self.nodes[ref.node]
-                if not node.is_module and not isinstance(node.target, Apply) and ref.index is not None:
-                    what = "uses a custom autograd function that was not called by its `apply`"
-                    raise self._trap(what, node.inside, node.line)
-            return ref
-        if (inner := self._inner(tensor)) is not None:
-            return inner
-        if tensor.requires_grad and tensor.is_leaf:
-            raise self._trap("uses a tensor that requires a gradient and is no parameter of the model", line=line)
-        if not self._origins.was_before(tensor):
-            raise self._trap("uses a tensor of unknown origin: made by code that torch does not see", line=line)
-        return tensor.detach()
-
-    def _inner(self, tensor: Tensor) -> Ref | None:
-        """Returns the place of a tensor that a module inside a leaf returned, which the leaf's node returns as well."""
-        found = self._origins.inner.get(id(tensor))
-        if found is None or found.version != version_of(tensor):
-            return None
-        node = self.nodes[found.node]
-        ref = Ref(found.node, len(node.plain))
-        self.nodes[found.node] = dataclasses.replace(
-            node,
-            inner=(*node.inner, (found.module, found.call, found.index)),
-            plain=(*node.plain, PLACEHOLDER),
-            needs_grad=(*node.needs_grad, tensor.requires_grad),
-            num_bytes=(*node.num_bytes, tensor.numel() * tensor.element_size()),
-        )
-        self._origins.note(tensor, ref)
-        return ref
-
     # what it cannot follow
-
-    def _is_checkpointed(self, module: nn.Module) -> bool:
-        """Tells whether a module is called in a checkpoint of just that, which recomputes it in backward."""
-        hook = _saved_tensors_hook()
-        if hook is self._hooks[-1]:
-            return False
-        return self._who_hooks() == "" or _checkpointed(hook) is module
-
-    def _who_hooks(self) -> str:
-        """Returns the module whose code set the first hook for saved tensors."""
-        last = max(i for i, hook in enumerate(self._hooks) if hook is self._hooks[0])
-        return self._path[last]
 
     def _depends_on_more(self, leaf: Any) -> bool:
         """Tells whether a leaf of a template depends on more than the batch."""
@@ -627,7 +506,7 @@ class Tape:
             raise self._trap(f"reads a value that depends on {of} ({function_name(target)})")
         if self._most_nodes and len(self.nodes) > self._most_nodes:
             raise Endless
-        place = place_of(self._path[-1], line, target)
+        place = place_of(self._path.module, line, target)
         if self._tried and self._tried.place == place:
             outcome = other(outcome, self._tried)
         if not flags & (STATE | BUFFER) and isinstance(outcome, bool):
@@ -643,7 +522,7 @@ class Tape:
         self, target: Callable[..., Any], template: Template, value: Any, line: str, check: bool = False
     ) -> Any:
         """Returns a number as what a node returned."""
-        number, inside = len(self.nodes), self._path[-1]
+        number, inside = len(self.nodes), self._path.module
         node = Node(target, template, inside, line, plain=(value,), needs_grad=(False,), num_bytes=(0,), check=check)
         self.nodes.append(node)
         self._origins.flags[number] = STATE
@@ -656,53 +535,12 @@ class Tape:
         value = function(*map(numbers.plain, operands))
         if self._inside or self._done:
             return value
-        return self._number(function, self._template((operands, {}), ""), value, code_line())
+        return self._number(function, self._takes.template((operands, {}), ""), value, code_line())
 
     def _trap(self, what: str, inside: str | None = None, line: str | None = None) -> Trap:
         line = line if line is not None else code_line()
-        self.trapped = Trap(self._path[-1] if inside is None else inside, line, what)
+        self.trapped = Trap(self._path.module if inside is None else inside, line, what)
         return self.trapped
-
-
-def _saved_tensors_hook() -> Any:
-    """Returns the innermost hook that packs what autograd saves, if there is one."""
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
-    return hooks[0] if hooks else None
-
-
-def _checkpointed(hook: Any) -> nn.Module | None:
-    """Returns the module that a checkpoint calls, by the hook that it has set: directly, or by its `__call__`."""
-    if getattr(hook, "__module__", "") != "torch.utils.checkpoint":
-        return None
-    frame = _captured(hook, "frame")
-    called = _captured(frame.recompute_fn, "fn") if frame is not None else None
-    while isinstance(called, partial):
-        called = called.func
-    called = getattr(called, "__self__", called)
-    return called if isinstance(called, nn.Module) else None
-
-
-def _captured(function: Any, name: str) -> Any:
-    """Returns what a function has captured by a name, if it has."""
-    names = getattr(getattr(function, "__code__", None), "co_freevars", ())
-    return function.__closure__[names.index(name)].cell_contents if name in names else None
-
-
-class AsList(NamedTuple):
-    """A function whose array is to be compared as a list."""
-
-    function: Callable[..., Any]
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Returns what the function returns, as a list."""
-        return self.function(*args, **kwargs).tolist()
-
-
-class _Whole:
-    """Stands for a tree that a node returned, while the arguments are taken apart."""
-
-    def __init__(self, ref: Ref):
-        self.ref = ref
 
 
 def _stays_put(module: nn.Module) -> bool:
