@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import FunctionType, ModuleType
@@ -28,6 +29,7 @@ class HeldObjects:
     def __init__(self) -> None:
         self.snapshots: list[Any] = []
         self._numbers: dict[int, int] = {}
+        self._pickled: dict[int, bytes | None] = {}
         self._alive: list[Any] = []
         self._holders: dict[int, list[int]] = {}
         """The nodes that took each object."""
@@ -54,10 +56,20 @@ class HeldObjects:
             return None
         leaves, spec = trees.flatten((args, kwargs))
         fresh = [
-            copy.deepcopy(self.snapshots[t.number]) if type(t) is Held else clone(leaf)
+            self._fresh(t.number) if type(t) is Held else clone(leaf)
             for leaf, t in zip(leaves, template.leaves, strict=True)
         ]
         return Trial(call, trees.unflatten(fresh, spec), settings, generator_states(), template)
+
+    def _fresh(self, number: int) -> Any:
+        """Returns a copy of an object as it was; by pickle where that can be done, which is far quicker."""
+        if number not in self._pickled:
+            try:
+                self._pickled[number] = pickle.dumps(self.snapshots[number])
+            except Exception:
+                self._pickled[number] = None
+        pickled = self._pickled[number]
+        return copy.deepcopy(self.snapshots[number]) if pickled is None else pickle.loads(pickled)
 
     def taken(self, number: int, template: Template, trial: Trial | None, output: Any) -> None:
         """Notes which objects a node took, and what it returned."""

@@ -91,6 +91,7 @@ class Takes:
             raise self._trap(what, None, line) from error
 
     def leaf_of(self, tensor: Tensor, line: str) -> Any:
+        """Returns what stands for a tensor: a Ref, a State, or a constant. Raises Trap for one of unknown origin."""
         ref = self._origins.refs.get(id(tensor))
         if ref is None and id(tensor) in self._origins.states:
             return self._origins.states[id(tensor)]

@@ -101,7 +101,7 @@ def _put_back(attributes: list[tuple[dict[str, Any], dict[str, Any], list[_Conte
                 del own[name]
             own.update(before)
         for container, contents in containers:
-            if not _same_items(container, contents):
+            if (container or contents) and not _same_items(container, contents):
                 container.clear()
                 _REFILL[type(container)](container, contents)
 
