@@ -82,7 +82,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
     ("words", "message"),
     [
         ("modle=mlp", "modle is unknown; did you mean model\\? expected one of data, .*"),
-        ("--fast", "--fast is not an option of train; expected overrides or -m, --multirun, -c, --cfg, .*"),
+        ("--fast", "--fast is not an option of train; expected overrides, --config-dir, -m, --multirun, .*"),
         ("-m schedule=gpipe,1f1", "schedule=1f1 is unknown; did you mean 1f1b\\? expected one of .*"),
         (f"{GPT_WORDS} pipeline.num_ranks=5", "5 stages, but the model has 4 layers .*; expected at most 4"),
         (f"{GPT_WORDS} pipeline.num_ranks=0", "num_ranks is 0 and num_microbatches 8; expected at least 1 of both"),
@@ -145,7 +145,7 @@ FILE = "model=file pipeline.profile=flops model.factory=model.py"
             "the loss failed on the example batch, .*out of bounds.*",
         ),
         (f"{MLP_WORDS} data=text data.path=text.txt data.context=8", "layer stem .* failed on the example batch, .*"),
-        (f"{FILE}", "model.factory is 'model.py'; expected path/to/file.py:function"),
+        (f"{FILE}", "model.factory is 'model.py'; expected path/to/file.py:function or package.module:function"),
         (f"{FILE}:absent", ".*/model.py has no function 'absent'; it has failing, good, nothing, raising, unspl.*"),
         ("model=file model.factory=none.py:build", "model.factory names none.py, which is not a file"),
         (f"{FILE}:nothing", "nothing\\(\\) in .*/model.py returned None; expected \\(model, example_batch, loss\\)"),
@@ -183,7 +183,10 @@ def test_a_run_folder_that_exists_is_refused(folder):
     ("words", "message"),
     [
         ("trian", f"trian is not a command; expected one of {', '.join(_COMMANDS)}"),
-        ("simulate --fast", "--fast is not an option of simulate; expected overrides such as model=mlp"),
+        (
+            "simulate --fast",
+            "--fast is not an option of simulate; expected --config-dir or overrides such as model=mlp",
+        ),
         (
             "simulate schedule=1f1",
             "schedule=1f1 is unknown; did you mean 1f1b? expected one of 1f1b, fill_drain, gpipe",
