@@ -245,8 +245,8 @@ def test_the_command_ends_with_1_where_a_check_fails(folder, monkeypatch):
         ("schedule=fill_drain", "the schedule has no backward; expected one that trains, such as schedule=1f1b"),
         ("-m", "-m is not an option of verify; expected overrides such as model=mlp"),
         (
-            "pipeline.num_ranks=9",
-            "9 stages, but the model has 4 layers that can be cut in 3 places; expected at most 4",
+            "pipeline.num_ranks=99",
+            "99 stages, but the model has 10 layers that can be cut in 9 places; expected at most 10",
         ),
     ],
 )
