@@ -6,6 +6,7 @@ import threading
 import pytest
 import torch
 import torch.nn.functional as F
+from layers import momentum
 from torch import nn
 from unsplit import check_equal, make_plan
 
@@ -14,6 +15,7 @@ from modelpar.capture.capture import capture
 from modelpar.capture.compiled import is_compiled
 from modelpar.capture.objective import Objective
 from modelpar.errors import CaptureError, PartitionError
+from modelpar.run.pipeline import Pipeline
 from modelpar.run.wire import receive, ship
 from modelpar.run.workers import Workers
 
@@ -277,3 +279,46 @@ def test_a_layer_that_cannot_be_counted_is_guessed():
     assert (cost.flops, cost.parameter_bytes) == (6 * 8 * 272, 4 * 272)
     assert cost.kept_bytes >= 8 * 16 * 4
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+class Heads(nn.Module):
+    """Two layers, of which an argument chooses one."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x, task):
+        return self.two(x) if task else self.one(x)
+
+
+class Tasks(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.before, self.more, self.one, self.two = nn.Linear(16, 16), nn.Linear(16, 16), None, None
+        if heads:
+            self.heads = Heads()
+        else:
+            self.one, self.two = nn.Linear(16, 4), nn.Linear(16, 4)
+
+    def forward(self, x, task):
+        x = self.more(torch.tanh(self.before(x)))
+        return self.heads(x, task) if hasattr(self, "heads") else Heads.forward(self, x, task)
+
+
+@pytest.mark.parametrize(
+    ("heads", "advice"), [(False, "the code that chooses whether to use two.bias in a module"), (True, r"leaf=\['heads'\]$")]
+)
+def test_the_advice_for_layers_that_are_not_always_used_leaves_something_to_cut(workers, heads, advice):
+    (x, y), objective = batch(), Objective(Tasks(heads), F.cross_entropy)
+    split = {"split_before": ["heads.one"]} if heads else {}
+    decided = make_plan(objective, ((x, 0), y), **split)
+    with Pipeline(objective, decided, workers=workers, optimizer=momentum) as pipeline:
+        pipeline.step(((x, 0), y))
+        with pytest.raises(CaptureError, match=advice):
+            pipeline.step(((x, 1), y))
+    if heads:
+        decided = make_plan(objective, ((x, 0), y), leaf=["heads"])
+        with Pipeline(objective, decided, workers=workers, optimizer=momentum) as pipeline:
+            pipeline.step(((x, 0), y))
+            pipeline.step(((x, 1), y))

@@ -136,9 +136,9 @@ class Variants:
     def _module_around(self, name: str) -> str:
         """Returns the innermost module around a part that the plan has parts of and that leaves enough others."""
         layers = self._plan.graph.layers
-        used = {part for layer in layers for part in (*layer.modules, *(p.name for p in layer.parameters))}
+        used = {module for layer in layers for module in layer.modules}
         while name := name.rpartition(".")[0]:
             others = sum(not any(f"{m}.".startswith(f"{name}.") for m in layer.modules) for layer in layers)
-            if others + 1 >= self._plan.num_stages and any(part.startswith(f"{name}.") for part in used):
+            if others + 1 >= self._plan.num_stages and any(module.startswith(f"{name}.") for module in used):
                 return name
         return ""
