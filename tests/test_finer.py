@@ -307,7 +307,8 @@ class Tasks(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("heads", "advice"), [(False, "the code that chooses whether to use two.bias in a module"), (True, r"leaf=\['heads'\]$")]
+    ("heads", "advice"),
+    [(False, "the code that chooses whether to use two.bias in a module"), (True, r"leaf=\['heads'\]$")],
 )
 def test_the_advice_for_layers_that_are_not_always_used_leaves_something_to_cut(workers, heads, advice):
     (x, y), objective = batch(), Objective(Tasks(heads), F.cross_entropy)
