@@ -52,8 +52,8 @@ def test_on_the_cpu_parity_holds_and_what_cannot_run_is_listed(tmp_path):
     code, _, errors = run("--device", "cpu", *only, "--output", str(output))
     assert code == 0, errors
     text = output.read_text()
-    assert "12 of 12 equal" in text
-    assert "| threads | 4 | 1f1b | equal | equal | equal |" in text
+    assert "16 of 16 equal" in text
+    assert "| threads | 4 | 1f1b | equal | equal | equal | equal |" in text
     assert "* torch over nccl: nccl needs GPUs" in text
 
 

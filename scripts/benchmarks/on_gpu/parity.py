@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import reference
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from benchmarks.on_gpu.ranks import Ranks, one_line, places
 from modelpar.capture.objective import Objective
@@ -26,16 +27,41 @@ SIZES = (1.0, 1.0, 0.6)
 """The batches' sizes, as shares of the first: the last does not divide evenly."""
 SCHEDULES = {"gpipe": schedules.gpipe, "1f1b": schedules.one_f_one_b}
 
+
+class Recomputed(nn.Module):
+    """Blocks with dropout that are checkpointed, and dropout of the model's own between them."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        block = lambda: nn.Sequential(nn.Linear(width, width), nn.Dropout(0.2), nn.Tanh())  # noqa: E731
+        self.blocks, self.head, self.recomputes = nn.ModuleList(block() for _ in range(5)), nn.Linear(width, 10), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Maps (samples, width) to (samples, 10)."""
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recomputes else block(x)
+            x = nn.functional.dropout(x, 0.1, self.training)
+        return self.head(x)
+
+
+def recomputed(width: int) -> Any:
+    """Returns the model, an example batch and the loss."""
+    batch = torch.randn(64, width), torch.randint(10, (64,))
+    return Recomputed(width), batch, nn.functional.cross_entropy
+
+
 # on a device large enough that values are shared, not staged: 128 KB and more per micro-batch
 LARGE: dict[str, tuple[Callable[..., Any], int]] = {
     "gpt": (partial(gpt.build, vocab_size=64, context=64, width=128, depth=4, heads=4), 16),
     "mlp": (partial(mlp.build, width=2048, depth=5, dropout=0.3), 64),
     "convnet": (partial(convnet.build, input_shape=(3, 32, 32), width=16, depth=4), 16),
+    "recomputed": (partial(recomputed, 2048), 64),
 }
 SMALL: dict[str, tuple[Callable[..., Any], int]] = {
     "gpt": (partial(gpt.build, vocab_size=32, context=8, width=16, depth=3, heads=2), 8),
     "mlp": (partial(mlp.build, input_shape=(6,), width=16, depth=4, dropout=0.3), 8),
     "convnet": (partial(convnet.build, input_shape=(3, 8, 8), width=4, depth=3), 8),
+    "recomputed": (partial(recomputed, 16), 8),
 }
 
 _adamw = partial(torch.optim.AdamW, lr=1e-2)
@@ -133,6 +159,7 @@ def _unsplit(decided: Any, objective: Objective, batches: list[Any], device: str
     (place,) = places(device, 1)
     assert isinstance(objective.model, nn.Module)
     model = copy.deepcopy(objective.model).to(place)
+    model.recomputes = False  # the reference keys what a forward draws; a recomputation must change nothing
     moved = [(inputs.to(place), targets.to(place)) for inputs, targets in batches]
     draws = list(dict.fromkeys(name for layer in decided.graph.layers for name in layer.draws))
     how = {"num_microbatches": NUM_MICROBATCHES, "max_norm": MAX_NORM, "draws": draws}
