@@ -19,6 +19,7 @@ from modelpar.capture.objective import Batch, LossResult, Objective, in_mode, lo
 from modelpar.errors import CaptureError, describe
 from modelpar.planning.plan import Plan
 from modelpar.run import wire
+from modelpar.run.kept import Kept
 from modelpar.run.rng import EVALUATION, KeyedRandom
 from modelpar.run.update import OptimizerFactory, gradient_norms
 from modelpar.run.variants import Variants
@@ -33,16 +34,14 @@ class Unsplit:
         self._device = torch.device(plan.cluster.devices[-1])
         self._model: nn.Module = wire.receive(wire.ship_as("the model", model)).to(self._device)  # as the stages are
         self._start = copy.deepcopy(model.state_dict())
-        self._buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        self._kept = Kept(self._model)
         self._variants = Variants(objective, plan, lambda: model)
         self._random = KeyedRandom(self._model, (), seed, self._device)
 
     def restart(self) -> None:
-        """Puts weights and buffers, also those that no state dict has, back to where they began."""
+        """Puts weights and buffers, also those that no state dict has, and attributes back to where they began."""
+        self._kept.restore()
         self._model.load_state_dict(self._start)
-        with torch.no_grad():
-            for name, buffer in self._model.named_buffers():
-                buffer.copy_(self._buffers[name])
 
     def start(self) -> dict[str, Any]:
         """Returns the state dict that it begins with."""

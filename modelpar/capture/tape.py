@@ -389,6 +389,8 @@ class Tape:
             return self._read(target, template, tensors, output, line)
         number, drew = len(self.nodes), has_drawn(states)
         own = self._path.call if drew and module is None else None
+        if own and own.module in self._places.whole:  # a part of a leaf, called directly: hooks count its calls there
+            raise self._trap("draws random numbers in its own forward")
         flags = self._origins.flags_of(template)
         if module is not None and (drew or _stays_put(module)):
             flags |= STATE

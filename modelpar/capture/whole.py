@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from modelpar.capture import trees
 from modelpar.capture.capture import untouched
+from modelpar.capture.compiled import uncompiled
 from modelpar.capture.deferred import deferred_in
 from modelpar.capture.joining import counting_names, joined
 from modelpar.capture.microbatch import Cutting, Microbatch, short_name
@@ -263,9 +263,15 @@ def _look(objective: Objective, model: nn.Module, restore: Callable[[], None], m
 @contextmanager
 def _evaluated(model: nn.Module) -> Iterator[Callable[[], None]]:
     """Puts the model into evaluation mode, and back; yields what restores buffers and generators meanwhile."""
-    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
-    with untouched(model) as restore, in_mode(model, "evaluate"), torch.inference_mode(False), torch.no_grad(), eager:
-        yield restore
+    with (
+        untouched(model) as before,
+        uncompiled(model),
+        in_mode(model, "evaluate"),
+        torch.inference_mode(False),
+        torch.no_grad(),
+    ):
+        before.keep_attributes()  # the mode
+        yield before.restore
 
 
 def _batch_norms(model: nn.Module) -> Iterator[str]:

@@ -113,6 +113,10 @@ class Executor:
         """Loads the stages' own entries."""
         for runner in self._runners.values():
             module = runner.program.module
+            for name, buffer in list(module.named_buffers()):
+                if isinstance(value := state.get(name), Tensor) and value.shape != buffer.shape:  # forward changes it
+                    place, _, last = name.rpartition(".")
+                    module.get_submodule(place)._buffers[last] = value.to(buffer.device, copy=True)
             module.load_state_dict({name: state[name] for name in module.state_dict()})
 
     def _train(self, context: RunContext) -> dict[str, Any]:
