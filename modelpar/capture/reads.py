@@ -11,7 +11,11 @@ at that line::
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import io
+import logging
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -67,6 +71,19 @@ def other(outcome: Any, trial: Trial) -> Any:
     return (outcome * 1.7 + 0.37, 0.0, -1.0 - abs(outcome), 1e4 + abs(outcome))[trial.number]
 
 
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Lets nobody hear what code says that believes something went wrong."""
+    nowhere, before = io.StringIO(), logging.root.manager.disable
+    logging.disable()
+    try:
+        with redirect_stdout(nowhere), redirect_stderr(nowhere), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 def settle(recording: Recording, again: Callable[[Trial], Recording]) -> Recording:
     """Returns a recording without numbers that change nothing; `again` records with other outcomes at a place.
 
@@ -82,10 +99,13 @@ def settle(recording: Recording, again: Callable[[Trial], Recording]) -> Recordi
         yes_or_no = all(isinstance(read.outcome, bool) for read in reads)
         for number in range(1 if yes_or_no else 4):
             try:
-                found = again(Trial(place, number))
+                with _silence():
+                    found = again(Trial(place, number))
+            except KeyboardInterrupt:
+                raise
             except Endless:
                 raise trap from None
-            except Exception:
+            except BaseException:  # such as sys.exit()
                 if not yes_or_no:
                     raise trap from None
                 checks |= {read.node for read in reads}

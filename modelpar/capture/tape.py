@@ -183,6 +183,7 @@ class Tape:
         more = [
             name
             for drawing in node.draws
+            if not is_compiled(self._model.get_submodule(drawing))
             for part, module in self._model.get_submodule(drawing).named_modules()
             if (name := f"{drawing}.{part}") not in called and part and may_draw(module, kinds)
         ]

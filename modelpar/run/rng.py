@@ -92,7 +92,7 @@ class KeyedRandom:
         self._holds = False
         """Whether the generators are held: then they bear marks."""
         self.has_strayed = False
-        """Whether something drew in the last micro-batch that has no key, as far as that can be known."""
+        """Whether something drew in the last micro-batch that has no key. Threads cannot know: others draw, too."""
         self._generators = [torch.default_generator]
         if device.type == "cuda":
             torch.cuda.init()
@@ -142,7 +142,7 @@ class KeyedRandom:
                 if states:
                     bare = self.states()
                     _write(bare[0], _read(states[0]))
-                    self.has_strayed = not all(map(torch.equal, states, bare))
+                    self.has_strayed = not self._is_shared and not all(map(torch.equal, states, bare))
                     self._set(states)
         for name, (before, here) in calls.items():
             if (found := of.call(name, -1)) != before + here:
