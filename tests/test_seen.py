@@ -1,5 +1,6 @@
 """What the tape sees besides calls: weights in place, attributes, checkpoints, reads, shapes made by values."""
 
+import gc
 import warnings
 
 import numpy as np
@@ -220,6 +221,32 @@ def test_blocks_that_the_forward_checkpoints_are_checkpointed_on_their_stages(wo
     assert fewer < 0.7 * more
     assert [layer.name for layer in found.graph.layers] == ["blocks.0", "blocks.1", "blocks.2", "blocks.3", "head"]
     trains_equal(workers, Checkpointed("blocks"))
+
+
+class Careless(Net):
+    """Sets hooks as checkpoints of older versions of torch do, which an exception leaves set for as long as it lives."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            hooks = self.hooks()
+            next(hooks)
+            x = block(x)
+            next(hooks, None)
+        return self.head(x)
+
+    def hooks(self):
+        with torch.autograd.graph.saved_tensors_hooks(lambda tensor: tensor, lambda tensor: tensor):
+            yield
+
+
+def test_no_hook_stays_set_when_a_forward_was_given_up():
+    gc.disable()
+    try:
+        with pytest.raises(CaptureError, match="sets hooks for saved tensors"):
+            capture(Objective(Careless(), F.cross_entropy), batches(4)[0], grain=Grain(split_before=("blocks.1.1",)))
+        assert torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    finally:
+        gc.enable()
 
 
 class OwnCall(nn.Sequential):

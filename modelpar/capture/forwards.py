@@ -12,6 +12,7 @@ from modelpar.capture import trees
 from modelpar.capture.objective import Batch, Objective, loss_of, own_loss, run
 from modelpar.capture.origins import Earlier
 from modelpar.capture.parts import leaf_names
+from modelpar.capture.path import ends_checkpoints
 from modelpar.capture.reads import Endless, Trial
 from modelpar.capture.recording import Recording, signature
 from modelpar.capture.tape import Tape
@@ -63,7 +64,10 @@ class Forwards:
 
         batch = leaf_names(inputs, targets if takes_targets else None)
         finish = partial(counting, self.objective, self.mode)
-        recording, output = tape.record(forward, batch, self.num_samples, finish, targets if takes_targets else None)
+        with ends_checkpoints():
+            recording, output = tape.record(
+                forward, batch, self.num_samples, finish, targets if takes_targets else None
+            )
         straight = recording.is_straight(self.model)
         made_for = signature(self.mode, microbatch[0], microbatch[1] if takes_targets else None, straight)
         return replace(recording, signature=made_for), output, targets

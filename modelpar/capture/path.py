@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -74,6 +75,20 @@ def saved_tensors_hook() -> Any:
     """Returns the innermost hook that packs what autograd saves, if there is one."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(False)
     return hooks[0] if hooks else None
+
+
+@contextmanager
+def ends_checkpoints() -> Iterator[None]:
+    """Ends what code was in the middle of when it raised an exception: its frames hold checkpoints open, whose hooks
+    would pack what this thread saves from then on, for as long as somebody keeps the exception."""
+    try:
+        yield
+    except BaseException as error:
+        found: BaseException | None = error
+        while found is not None:
+            traceback.clear_frames(found.__traceback__)
+            found = found.__cause__ or found.__context__
+        raise
 
 
 def checkpointed(hook: Any) -> nn.Module | None:

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from modelpar.capture import trees
 from modelpar.capture.compiled import is_compiled
 from modelpar.capture.flops import Flops
+from modelpar.capture.path import ends_checkpoints
 from modelpar.capture.watch import module_calls
 from modelpar.errors import CaptureError, ConfigError, describe
 
@@ -195,7 +196,8 @@ def _watched(
     try:
         with counter or nullcontext(), torch.no_grad(), module_calls(count, model), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # such as of checkpoints without gradients; the recording says what is true
-            forward()
+            with ends_checkpoints():
+                forward()
     except Exception as error:
         if type(model).forward is nn.Sequential.forward:  # its children are its layers
             failed = [layer for layer in failed if layer[0]][-1:]
