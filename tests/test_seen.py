@@ -224,7 +224,7 @@ def test_blocks_that_the_forward_checkpoints_are_checkpointed_on_their_stages(wo
 
 
 class Careless(Net):
-    """Sets hooks as checkpoints of older versions of torch do, which an exception leaves set for as long as it lives."""
+    """Sets hooks as checkpoints of older versions of torch do, which an exception leaves set as long as it lives."""
 
     def forward(self, x):
         for block in self.blocks:
