@@ -40,6 +40,7 @@ class Unsplit:
 
     def restart(self) -> None:
         """Puts weights and buffers, also those that no state dict has, and attributes back to where they began."""
+        self._random.attach(frozenset())
         self._kept.restore()
         self._model.load_state_dict(self._start)
 

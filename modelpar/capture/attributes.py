@@ -1,4 +1,4 @@
-"""What modules keep in plain attributes from one call to the next: Calls; `fingerprint`, `changed` and Kept."""
+"""What modules keep in plain attributes from one call to the next: Calls; `fingerprint` and `changed`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from modelpar.capture import trees
 from modelpar.capture.held import Trial, clone
 from modelpar.capture.recording import Settings, Template
 from modelpar.capture.traps import SCALARS
+from modelpar.capture.untouched import Attributes, attributes_of, put_back
 from modelpar.capture.watch import generator_states
 
 _CONTAINERS = (list, dict, set, deque, OrderedDict)
@@ -37,36 +38,6 @@ def changed(before: Fingerprint, after: Fingerprint) -> list[tuple[int, str]]:
     """Returns the attributes that differ, by id of their module and name."""
     missing = object()
     return [key for key in before.keys() | after.keys() if before.get(key, missing) != after.get(key, missing)]
-
-
-class Kept:
-    """The plain attributes of some modules as they were; `back` puts them back."""
-
-    def __init__(self, modules: Iterable[nn.Module]):
-        self._of = [(vars(module), _own(vars(module))) for module in modules]
-        self._inside = [
-            (value, list(value.items()) if isinstance(value, dict) else list(value))
-            for _, own in self._of
-            for value in own.values()
-            if type(value) in _CONTAINERS
-        ]
-
-    def back(self) -> None:
-        """Puts the attributes back, and into containers what they held."""
-        for now, own in self._of:
-            for name in _own(now).keys() - own.keys():
-                del now[name]
-            now |= own
-        for container, held in self._inside:
-            container.clear()
-            if isinstance(container, (list, deque)):
-                container.extend(held)
-            else:
-                container.update(held)
-
-
-def _own(attributes: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in attributes.items() if name not in _OF_MODULES}
 
 
 def _spoiled(held: dict[str, Any], names: Iterable[str]) -> dict[str, Any]:
@@ -107,7 +78,7 @@ class Calls:
     """
 
     def __init__(self) -> None:
-        self._first: dict[int, Kept] = {}
+        self._first: dict[int, Attributes] = {}
         """By id of a module, its attributes when it was first called."""
         self._alive: list[nn.Module] = []
         self._set_by: dict[tuple[int, str], int] = {}
@@ -118,7 +89,7 @@ class Calls:
         """Remembers a module's attributes before its first call; returns what tells whether the call changes them."""
         for part in module.modules():
             if id(part) not in self._first:
-                self._first[id(part)] = Kept([part])
+                self._first[id(part)] = attributes_of([part])
                 self._alive.append(part)
         return fingerprint(module.modules())
 
@@ -131,14 +102,14 @@ class Calls:
         parts = list(module.modules())
 
         def as_first(*args: Any, **kwargs: Any) -> Any:
-            now = Kept(parts)
+            now = attributes_of(parts)
             for part in parts:
-                self._first[id(part)].back()
+                put_back(self._first[id(part)])
                 vars(part).update(_spoiled(vars(part), names))
             try:
                 return call(*args, **kwargs)
             finally:
-                now.back()
+                put_back(now)
 
         return Trial(as_first, trees.map_tensors(clone, arguments), settings, generator_states(), template)
 

@@ -86,7 +86,7 @@ class Origins:
 
     def first_name(self, name: str) -> str:
         """Returns the name that the model first has for a parameter or buffer."""
-        return self._first_names[name]
+        return self._first_names.get(name, name)
 
     def is_known(self, tensor: Tensor) -> bool:
         """Tells whether a tensor is a value of this forward, or a parameter or buffer of the model."""

@@ -81,6 +81,7 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
                 tuple(_call(step.node) for step in routine.steps),
                 tuple(p.shape for p in layer.parameters),
                 _shapes(list(received.values())),
+                _given(routine),
                 where,
             )
             if key not in known:
@@ -98,6 +99,12 @@ def count(objective: Objective, captured: Captured, microbatch: Batch, model: nn
             costs.append(replace(cost, name=layer.name))
             keys.append(key)
     return Count(Profile(tuple(costs), num_samples, "flops"), tuple(keys))
+
+
+def _given(routine: Routine) -> Any:
+    """Returns which values of which of its calls a layer gives to others."""
+    places = {step.number: place for place, step in enumerate(routine.steps)}
+    return tuple((places[ref.node], ref.index) for ref in routine.gives.values())
 
 
 def _call(node: Node) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -23,8 +23,8 @@ class Untouched:
 
     def __init__(self, model: nn.Module):
         self._model = model
-        self._first = self._kept = _attributes(model)
-        self._values = [(tensor, _copy_of(tensor)) for tensor in _written_by_code(model)]
+        self._first = self._kept = attributes_of(model.modules())
+        self._values = values_of(model)
         self._grads = [(p, p.grad, p.requires_grad) for p in model.parameters()]
         self._states = generator_states()
         self._others = random.getstate(), np.random.get_state()
@@ -33,17 +33,17 @@ class Untouched:
 
     def restore(self) -> None:
         """Puts all of it back, so that a forward finds what the one before found."""
-        _put_back(self._kept)
+        put_back(self._kept)
         self._put_values()
 
     def keep_attributes(self) -> None:
         """From now on, `restore` leaves the attributes of modules as they are at this moment: a mode, a flag that the
         first forward sets."""
-        self._kept = _attributes(self._model)
+        self._kept = attributes_of(self._model.modules())
 
     def leave(self) -> None:
         """Puts everything back as it was in the beginning, gradients included."""
-        _put_back(self._first)
+        put_back(self._first)
         self._put_values()
         for parameter, grad, trained in self._grads:
             parameter.requires_grad_(trained)
@@ -53,9 +53,7 @@ class Untouched:
         set_generator_states(self._states)
         random.setstate(self._others[0])
         np.random.set_state(self._others[1])
-        with torch.no_grad():
-            for buffer, before in self._values:
-                _write(buffer, before)
+        put_back_values(self._values)
 
 
 @contextmanager
@@ -85,16 +83,21 @@ _REFILL: dict[type, Callable[[Any, Any], None]] = {
 """How what was in a container is put back into it."""
 
 
-def _attributes(model: nn.Module) -> list[tuple[dict[str, Any], dict[str, Any], list[_Contents]]]:
+Attributes = list[tuple[dict[str, Any], dict[str, Any], list[_Contents]]]
+"""The attributes of modules: where they are, what they were, and what was in the containers among them."""
+
+
+def attributes_of(modules: Iterable[nn.Module]) -> Attributes:
     """Returns the attributes of every module, and what is in those that can be changed in place: torch keeps
     parameters, buffers, modules and hooks in such as well."""
     return [
         (vars(module), dict(vars(module)), [(v, v.copy()) for v in vars(module).values() if type(v) in _REFILL])
-        for module in model.modules()
+        for module in modules
     ]
 
 
-def _put_back(attributes: list[tuple[dict[str, Any], dict[str, Any], list[_Contents]]]) -> None:
+def put_back(attributes: Attributes) -> None:
+    """Puts attributes back, and into containers what was in them."""
     for own, before, containers in attributes:
         if own.keys() != before.keys() or any(own[name] is not value for name, value in before.items()):
             for name in own.keys() - before.keys():
@@ -113,6 +116,18 @@ def _same_items(now: Any, before: Any) -> bool:
     if isinstance(now, dict):
         return all(a is b and now[a] is before[b] for a, b in zip(now, before, strict=True))
     return all(a is b for a, b in zip(now, before, strict=True))
+
+
+def values_of(model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+    """Returns a model's tensors that are no parameters, each with a copy."""
+    return [(tensor, _copy_of(tensor)) for tensor in _written_by_code(model)]
+
+
+def put_back_values(values: Iterable[tuple[Tensor, Tensor]]) -> None:
+    """Gives tensors the values of their copies."""
+    with torch.no_grad():
+        for tensor, before in values:
+            _write(tensor, before)
 
 
 def _written_by_code(model: nn.Module) -> list[Tensor]:

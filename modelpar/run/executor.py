@@ -134,6 +134,8 @@ class Executor:
 
     def _make_gradients(self, context: RunContext) -> dict[str, Any]:
         """Runs one micro-batch forward and backward; the controller takes the gradients, and then all is undone."""
+        for runner in self._runners.values():
+            runner.forget()
         self._kept = [Kept(runner.program.module) for runner in self._runners.values()]
         self._walk(context)
         return self._losses(context)

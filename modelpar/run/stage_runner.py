@@ -235,7 +235,8 @@ class StageRunner:
             self.program.module.get_buffer(name).detach().copy_(value)
 
     def forget(self) -> None:
-        """Drops activations, losses and gradients."""
+        """Drops activations, losses and gradients, and takes the hooks off that key random numbers."""
+        self._random.attach(frozenset())
         self._live.clear()
         self.losses.clear()
         self.program.module.zero_grad(set_to_none=True)

@@ -40,7 +40,7 @@ class Workers:
     this process. `heartbeat_timeout` (seconds) is how long a process may be silent; `step_timeout` how long one batch
     may take, by default any time. `port` is where processes meet on the loopback interface; 0 picks a free one.
     `shared_memory=False` sends the values of a run, too, as messages over RPC, as between hosts. `cuda_ipc=True` leaves
-    CUDA tensors on the device on their way between processes, by CUDA's own sharing; it has not been run yet.
+    CUDA tensors on the device on their way between processes, by CUDA's own sharing.
 
     `logs` is a folder, or a function that makes one when it is needed: each process then writes what it logs and prints
     to a file of its own there, rank0.log and so on; without one, prints go where those of this process go. Warnings of
