@@ -52,14 +52,14 @@ def test_every_combination_is_measured_on_one_set_of_workers(folder, monkeypatch
         return real(task, num_ranks, *others)
 
     monkeypatch.setattr(modelpar.compare.Task, "workers", workers)
-    words = [*GPT, *QUICK, *ROUNDS, "partition=uniform,by_parameters", "schedule=gpipe,1f1b"]
+    words = [*GPT, *QUICK, *ROUNDS, "partition=uniform,by_flops", "schedule=gpipe,1f1b"]
     outcome = call("compare", *words)
     assert (outcome.code, outcome.err) == (0, "")
     assert sets == [2]
     rows = rows_of(folder)
     pairs = [(row["partition"], row["schedule"]) for row in rows]
     assert sorted(pairs) == [
-        (partition, schedule) for partition in ("by_parameters", "uniform") for schedule in ("1f1b", "gpipe")
+        (partition, schedule) for partition in ("by_flops", "uniform") for schedule in ("1f1b", "gpipe")
     ]
     measured = [row["measured_step_seconds"] for row in rows]
     assert measured == sorted(measured)
@@ -71,7 +71,7 @@ def test_every_combination_is_measured_on_one_set_of_workers(folder, monkeypatch
         assert 0 < row["bottleneck_seconds"] < row["predicted_step_seconds"]
         assert 0 < row["bubble"] < 1
         assert row["peak_bytes"] > 0
-    assert [tuple(cells[:2]) for cells in table_of(outcome.out, 4)] == pairs
+    assert [tuple(cells[:2]) for cells in table_of(outcome.out, 4)] == pairs, outcome.out
     assert outcome.out.splitlines()[-1].endswith(" view runs/all")
 
 

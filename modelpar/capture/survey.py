@@ -100,8 +100,8 @@ def choose_leaves(
     part = _part_of_a_rank(model, found.shares, closed, num_ranks)
     if type(model).forward is nn.Sequential.forward and finer_than == FINER_THAN:
         children = {name for name, _ in model.named_children()}
-        if opened == {""} and all(found.shares.get(name, 0.0) <= part for name in children - closed):
-            return outermost(children | forced)
+        if all(found.shares.get(name, 0.0) <= part for name in children - closed - opened):
+            return outermost({name for name, _ in model.named_modules() if name not in opened} | forced)
     for name, _ in model.named_modules():
         if not name or name in forced or not all(parent in opened for parent in _parents(name)):
             continue
