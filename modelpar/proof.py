@@ -96,7 +96,7 @@ def _single_step(
     pipeline: Pipeline, unsplit: Unsplit, batch: Batch, step: int, name: str, order: list[str]
 ) -> list[Check]:
     pipeline.load_state_dict(unsplit.start())
-    unsplit.restart()
+    unsplit.reload()
     loss = pipeline.step(batch).loss
     expected, gradients = unsplit.gradients(batch, step)
     found, buffers = pipeline.state_dict(), unsplit.buffers()

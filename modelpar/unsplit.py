@@ -44,6 +44,16 @@ class Unsplit:
         self._kept.restore()
         self._model.load_state_dict(self._start)
 
+    def reload(self) -> None:
+        """Puts weights and buffers back, as a pipeline does that loads a state dict; attributes stay."""
+        now = self._keep(buffers=False)
+        self.restart()
+        now.restore()
+
+    def _keep(self, *, buffers: bool = True) -> Kept:
+        self._random.attach(frozenset())  # hooks are attributes as well
+        return Kept(self._model, buffers=buffers)
+
     def start(self) -> dict[str, Any]:
         """Returns the state dict that it begins with."""
         return dict(self._start)
@@ -75,8 +85,8 @@ class Unsplit:
 
     def refuses(self, batch: Batch) -> str:
         """Returns why the module itself cannot train on a batch's micro-batches; empty where it can."""
+        now = self._keep()
         self.restart()
-        self._random.attach(frozenset())
         try:
             with torch.random.fork_rng():
                 for microbatch in self._microbatches(batch):
@@ -87,7 +97,7 @@ class Unsplit:
             return " ".join(describe(error).split())
         finally:
             self._model.zero_grad(set_to_none=True)
-            self.restart()
+            now.restore()
         return ""
 
     def cannot_be_split(self, batch: Batch) -> str:

@@ -189,6 +189,23 @@ def test_a_list_that_the_models_own_forward_fills_is_refused_by_name():
         capture(Objective(model, F.cross_entropy), batches(4)[0])
 
 
+class Counts(Net):
+    """Writes to one buffer between all its layers."""
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+            self.seen.add_(x.detach().mean())
+        return self.head(x)
+
+
+def test_a_buffer_that_the_models_own_forward_writes_to_keeps_its_writers_together(workers):
+    model = Counts()
+    found = capture(Objective(model, F.cross_entropy), batches(4)[0], grain=Grain(leaf=("blocks.*",)))
+    assert found.graph.cuts == (4,)
+    trains_equal(workers, model, leaf=["blocks.*"])
+
+
 # checkpoints
 
 

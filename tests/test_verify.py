@@ -272,3 +272,32 @@ def test_nothing_outlives_it(tmp_path):
     assert (outcome.code, outcome.err) == (0, "")
     assert command.left() == []
     assert "note: the gradients of embed.token.weight" in outcome.out
+
+
+class Remembers(nn.Module):
+    """Keeps a mean and a count from one micro-batch to the next, as plain attributes, and a buffer of another size."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear, self.mean, self.count = nn.Linear(8, 8), torch.zeros(8), 0
+        self.register_buffer("largest", torch.tensor([]))
+
+    def forward(self, x):
+        x = self.linear(x)
+        if self.training:
+            self.count += 1
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            most = x.detach().amax(0)
+            self.largest = torch.maximum(most, self.largest) if self.largest.numel() else most
+        return x - self.mean * (1 + self.count % 2)
+
+
+def test_state_that_layers_keep_from_one_micro_batch_to_the_next_is_no_difference(workers):
+    torch.manual_seed(0)
+    model = nn.Sequential(Remembers(), nn.Linear(8, 8), Remembers(), nn.Linear(8, 3))
+    batch = torch.randn(8, 8), torch.randint(3, (8,))
+    objective = Objective(model, F.cross_entropy)
+    plan = make_plan(objective, batch, leaf=["Remembers"])
+    verdict = verify(objective, batch, plan, optimizer=momentum, workers=workers)
+    assert verdict.passed, [check for check in verdict.checks if not check.passed]
+    assert (model[0].count, model[0].largest.numel()) == (0, 0)

@@ -458,8 +458,8 @@ class Tape:
         origins.flags[number] = flags
         origins.note_tree(output, number)
         for index, leaf in enumerate(trees.leaves_of(output)):
-            if isinstance(leaf, Tensor):
-                origins.note(leaf, Ref(number, index))
+            if isinstance(leaf, Tensor) and (id(leaf) not in origins.states or self.nodes[number].is_module):
+                origins.note(leaf, Ref(number, index))  # a buffer that a function wrote to stays the buffer
         if not flags & (STATE | CHANCE):
             self.nodes[-1] = dataclasses.replace(self.nodes[-1], free=True)
 
