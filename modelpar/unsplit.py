@@ -32,7 +32,7 @@ class Unsplit:
         self._objective, self._plan = objective, plan
         self.cutting = Cutting.of(objective, plan.batch)
         self._device = torch.device(plan.cluster.devices[-1])
-        self._model: nn.Module = wire.receive(wire.ship_as("the model", model)).to(self._device)  # as the stages are
+        self._model = _copy(model).to(self._device)
         self._start = copy.deepcopy(model.state_dict())
         self._kept = Kept(self._model)
         self._variants = Variants(objective, plan, lambda: model)
@@ -206,6 +206,24 @@ class Unsplit:
                 parameter.grad.div_(count)
         assert total is not None
         return float(total / count)
+
+
+def _copy(model: nn.Module) -> nn.Module:
+    """Copies a model as stages are copied; one with hooks of a library by deepcopy, which keeps functions as they are.
+
+    A library's hooks may read variables of its modules, as those of transformers that collect outputs do; functions
+    that are pickled get variables of their own.
+    """
+    hooks = [hook for m in model.modules() for hook in (*m._forward_hooks.values(), *m._forward_pre_hooks.values())]
+    if all(getattr(hook, "__module__", "__main__") in ("__main__", None) for hook in hooks):
+        found: nn.Module = wire.receive(wire.ship_as("the model", model))
+        return found
+    values = (v for m in model.modules() for v in vars(m).values() if isinstance(v, Tensor) and not v.is_leaf)
+    computed: dict[int, Any] = {id(value): value.detach().clone() for value in values}  # by hooks, which do so again
+    copied = copy.deepcopy(model, computed)
+    for ours, theirs in zip(copied.parameters(), model.parameters(), strict=True):
+        vars(ours).update(copy.deepcopy(vars(theirs), computed))
+    return copied
 
 
 def _clipped(parameters: list[nn.Parameter], max_norm: float | None) -> Tensor:
