@@ -48,7 +48,11 @@ class Shown:
         self.page.goto(url)
         if url.startswith("http"):
             self.page.wait_for_selector("iframe", timeout=60_000)
-            self.frame = next(frame for frame in self.page.frames if "plugin_entry" in frame.url)
+            deadline = time.monotonic() + 60
+            while not (found := [frame for frame in self.page.frames if "plugin_entry" in frame.url]):
+                assert time.monotonic() < deadline, "the iframe has no address"
+                self.page.wait_for_timeout(10)
+            self.frame = found[0]
         self.wait("document.querySelector('.modelpar-pipeline')?.pipelineView")
         self.settle()
         return self
