@@ -139,7 +139,7 @@ def plan(
         decided(count.profile)  # a message with all that is expected to be held
         raise
     found = decided(_profile(profile, subject, setting, workers, doing))
-    found = replace(found, batch=cutting.known, notes=(*compared.notes, *compared.known))
+    found = replace(found, batch=cutting.known, notes=(*compared.notes, *compared.known), whole=compared.passed)
     found = found.with_prediction(prediction(predict(found)))
     assert found.prediction
     balance = "-".join(map(str, found.partition.balance))

@@ -57,6 +57,8 @@ def train(config: DictConfig, console: Console) -> RunDir:
         console.print(partition_table(plan))
         for note in prediction_notes(plan):
             console.print(note, style="yellow", highlight=False)
+        if plan.whole:
+            console.print(f"pieces = whole: {plan.whole}", highlight=False)
         start()
         doing("handing out the stages")
         exits.enter_context(pipeline)

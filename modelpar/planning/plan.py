@@ -55,6 +55,8 @@ class Plan:
     """Which parts of the example batch counted samples; batches are cut as it was."""
     notes: tuple[str, ...] = ()
     """What cutting batches changes, whether or not the model is split, a line each."""
+    whole: str = field(default="", compare=False)
+    """In a line, that micro-batches give apart what they give together, where that was seen. Not saved."""
     captured: Any = field(default=None, compare=False, repr=False)
     """What the plan was made from, (model or factory, recording), so that nobody has to record it again. Not saved."""
 
