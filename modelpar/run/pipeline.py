@@ -121,7 +121,7 @@ class Pipeline:
 
     def __enter__(self) -> Self:
         """Builds the model where it is a factory, and ships each stage to its rank."""
-        self._step, self.check, self._has_loaded = 0, None, False
+        self._step, self.check, self._has_loaded = 0, None, self._settings.writes
         self._under_way.clear()
         model, self._built = self._built, None
         model = self._objective.build(self._settings.seed) if model is None else model

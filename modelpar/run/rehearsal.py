@@ -50,15 +50,16 @@ def rehearse(settings: Settings, model: nn.Module, ranks: Sequence[Named], *, on
     if settings.max_norm is not None and sparse:
         raise cannot_clip(min(sparse))
     whole = _Rehearsal(settings, "")
-    of_all = whole.of_stand_ins(trainable)
+    of_all, writes = whole.of_stand_ins(trainable), False
     for rank, named in enumerate(ranks):
         if named:
             own = _Rehearsal(settings, f" on rank {rank}, for {_listed(named)}", whole.num_groups)
             there = on_cpu and not any(parameter.is_meta for parameter in named.values())
             found = own.of_copies(named, sparse) if there else own.of_stand_ins(named)
+            writes |= own.writes
             if of_all is not None and found is not None:
                 _check_same(rank, named, of_all, found)
-    return replace(settings, first_group=frozenset(whole.first_group))
+    return replace(settings, first_group=frozenset(whole.first_group), writes=writes)
 
 
 class _Rehearsal:
@@ -68,6 +69,8 @@ class _Rehearsal:
         self._settings, self._where, self._expected = settings, where, expected_groups
         self.num_groups: int | None = None
         self.first_group: list[str] = []
+        self.writes = False
+        """Whether the optimizer's function writes to parameters."""
 
     def of_copies(self, named: Named, sparse: set[str]) -> dict[str, _Choice]:
         """Returns what is chosen for parameters as a rank gets them; the gradients of some are sparse."""
@@ -91,8 +94,10 @@ class _Rehearsal:
     def _of(self, named: Named) -> dict[str, _Choice]:
         """Returns what is chosen for each parameter that is trained; raises RuntimeError as the functions do."""
         assert self._settings.optimizer
+        versions = [parameter._version for parameter in named.values()]
         with self._refusing():
             made = make_optimizer(self._settings.optimizer, list(named.items()), may_be_none=bool(self._where))
+        self.writes = versions != [parameter._version for parameter in named.values()]
         if made is None:
             return {}
         self._check_kind(made)

@@ -38,6 +38,8 @@ class Settings:
     seed: int = 0
     first_group: frozenset[str] = frozenset()
     """FQNs of the parameters in the first group of the unsplit model's optimizer, whose learning rate is reported."""
+    writes: bool = False
+    """Whether the optimizer's function writes to the parameters, which then are not those of the user's model."""
 
 
 def make_optimizer(
