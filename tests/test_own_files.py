@@ -39,8 +39,9 @@ QUICK = ["pipeline.profile=flops", "pipeline.num_threads=1", "pipeline.num_micro
 
 @pytest.fixture(autouse=True)
 def as_before(monkeypatch, tmp_path):
-    """Leaves the path as it was, and no module of a folder that will be gone."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
+    """Leaves the path as it was, without folders that commands of other tests put there, and no module of a folder that
+    will be gone."""
+    monkeypatch.setattr(sys, "path", [folder for folder in sys.path if str(tmp_path.parent) not in folder])
     yield
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None) or list(getattr(module, "__path__", [""]))).find(str(tmp_path)) >= 0:
