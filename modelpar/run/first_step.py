@@ -226,10 +226,10 @@ def _distance(one: Gradients, other: Gradients) -> float:
 
 
 def _is_same(here: Tensor | None, there: Tensor | None) -> bool:
-    if here is None or there is None or here.shape != there.shape or here.dtype != there.dtype:
+    if here is None or there is None:
         return here is there
     here, there = (t.to_dense() if t.layout is not torch.strided else t for t in (here, there))
-    return torch.equal(here, there) or bool(((here == there) | ((here != here) & (there != there))).all())
+    return trees.same_values(here, there)
 
 
 def _double(tensor: Tensor) -> Tensor:
